@@ -1,0 +1,28 @@
+"""Multilevel optimization on PyTorch: decorate the training functions that you have, and run."""
+
+from mlodeco import errors, hypergrad, tree
+from mlodeco.errors import MlodecoError, MlodecoWarning
+from mlodeco.program import Program, hypergradient, level, method, on, run, validate
+from mlodeco.runtime import Context, History, Result, Runner
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Context",
+    "History",
+    "MlodecoError",
+    "MlodecoWarning",
+    "Program",
+    "Result",
+    "Runner",
+    "__version__",
+    "errors",
+    "hypergrad",
+    "hypergradient",
+    "level",
+    "method",
+    "on",
+    "run",
+    "tree",
+    "validate",
+]

@@ -1,0 +1,1 @@
+"""Pure functions: stateless losses, second-derivative products, the reverse sweep."""

@@ -1,0 +1,70 @@
+"""Where a loss is differentiated: parameters, batches and random numbers, all fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlodeco.calculus.randomness import make_seed, seed_streams
+from mlodeco.calculus.stateless import StatelessLoss
+from mlodeco.tree import Tree
+
+
+@dataclass
+class Decisions:
+    """How products of one level are taken, found out at first use and then kept.
+
+    ``late`` says, for a set of reads, whether they enter the loss late. ``hessian``
+    and ``cross`` name the mode that worked after one without a rule for some operation.
+    """
+
+    late: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    hessian: str | None = None
+    cross: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A level's loss at given parameters of all levels that it sees.
+
+    The loss is the mean over the micro-batches in ``batches``. Every pass at one
+    point sees the same random numbers: those of ``seed``.
+    """
+
+    loss: StatelessLoss
+    values: Mapping[str, Tree]
+    batches: tuple[Mapping[str, Any], ...]
+    seed: int
+    generators: tuple[torch.Generator, ...] = ()
+    decisions: Decisions = field(default_factory=Decisions)
+
+    def losses(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The loss of each micro-batch in turn, with its metrics.
+
+        To be used inside :meth:`StatelessLoss.within`.
+        """
+        for number, items in enumerate(self.batches):
+            seed_streams(make_seed(self.seed, number), self.generators)
+            yield self.loss.call(items)
+
+
+@dataclass(frozen=True)
+class LowerProblem:
+    """The second derivatives of ``point`` that a method may ask for.
+
+    ``level`` owns the parameters w of the solve; ``targets`` are the levels whose
+    parameters receive cross products.
+    """
+
+    point: Point
+    level: str
+    targets: tuple[str, ...]
+
+    @property
+    def parameters(self) -> Tree:
+        """The level's own parameters w."""
+        return self.point.values[self.level]

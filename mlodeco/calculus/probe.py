@@ -1,0 +1,112 @@
+"""What a loss depends on, read off its autograd graph, and whether it keeps to its task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from mlodeco.calculus.point import Point
+from mlodeco.calculus.randomness import preserved_randomness
+from mlodeco.calculus.stateless import live
+from mlodeco.errors import LossError
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """The levels whose parameters a loss depends on.
+
+    Attributes:
+        declared: those whose values the loss was given.
+        undeclared: others, whose real parameters it reached by a closure or a global.
+    """
+
+    declared: frozenset[str]
+    undeclared: frozenset[str]
+
+
+def find_dependence(point: Point, parameters: Mapping[str, Sequence[torch.Tensor]]) -> Dependence:
+    """Evaluates a loss once and walks its graph down to the leaves.
+
+    Args:
+        point: the loss and where to evaluate it.
+        parameters: the real parameters of every level of the program.
+
+    Raises:
+        LossError: the function calls ``.backward()`` or steps an optimizer.
+    """
+    values = {level: live(tree) for level, tree in point.values.items()}
+    copies = {id(t): level for level, tree in values.items() for t in tree.values()}
+    real = {id(t): level for level, tensors in parameters.items() for t in tensors}
+
+    def evaluate() -> set[int]:
+        with _KeepsToItsTask(point.loss.level, point.loss.site):
+            loss, _ = next(point.losses())
+        return _leaves(loss.grad_fn)
+
+    with preserved_randomness():
+        reached = point.loss.within(point.loss.state(values), evaluate)
+    declared = frozenset(copies[leaf] for leaf in reached if leaf in copies)
+    others = frozenset(real[leaf] for leaf in reached if leaf in real)
+    return Dependence(declared, others - set(values))
+
+
+def _leaves(root: Any) -> set[int]:
+    found: set[int] = set()
+    seen: set[Any] = set()
+    stack = [root] if root is not None else []
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return found
+
+
+class _KeepsToItsTask(TorchFunctionMode):
+    """Refuses ``.backward()`` and optimizer steps inside a loss function."""
+
+    def __init__(self, level: str, site: str) -> None:
+        super().__init__()
+        self._level = level
+        self._site = site
+
+    def __enter__(self) -> _KeepsToItsTask:
+        self._hook = register_optimizer_step_pre_hook(self._refuse_step)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hook.remove()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.Tensor.backward, torch.autograd.backward):
+            raise self._error("calls .backward()")
+        return func(*args, **(kwargs or {}))
+
+    def _refuse_step(self, *_: Any) -> None:
+        raise self._error("steps an optimizer")
+
+    def _error(self, what: str) -> LossError:
+        return LossError(
+            f"the function {what}.",
+            expected="a function that computes a loss and returns it.",
+            remedy="return the loss; gradients and optimizer steps are the library's part.",
+            level=self._level,
+            site=self._site,
+        )

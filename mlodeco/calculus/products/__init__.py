@@ -1,0 +1,15 @@
+"""Second-derivative products of a level's loss, in several modes behind one signature.
+
+With ``g`` the gradient of the level's loss C in its own parameters w, detached parts
+held constant, and reads ``lambda``:
+
+- ``hvp(v)`` is ``(dg/dw)^T v``: the Hessian-vector product, where nothing is detached;
+- ``cross(v)`` is ``(dg/dlambda)^T v`` for each target level;
+- ``touched()`` names the parameters that the loss depends on.
+"""
+
+from mlodeco.calculus.products.choice import PRODUCTS, open_curvature
+from mlodeco.calculus.products.difference import Difference
+from mlodeco.calculus.products.protocol import Cross, Curvature
+
+__all__ = ["PRODUCTS", "Cross", "Curvature", "Difference", "open_curvature"]

@@ -1,0 +1,97 @@
+"""Central differences of the first-order gradient, on copies of the parameters.
+
+Needs no double backward. It differentiates through ``detach()`` and ``no_grad()``, which
+the exact modes respect: a difference sees the values move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products.protocol import Cross
+from mlodeco.calculus.stateless import gradient, live
+from mlodeco.tree import Tree, add, norm, scale
+
+
+class Difference:
+    """``(f(w + h v) - f(w - h v)) / 2h`` for f the gradient in w or in lambda.
+
+    Args:
+        problem: the loss, its point and the targets.
+        radius: the length of ``h v``. Default: the cube root of the dtype's epsilon
+            times ``1 + |w|``, which balances rounding against the third derivative.
+    """
+
+    def __init__(self, problem: LowerProblem, *, radius: float | None = None) -> None:
+        self._problem = problem
+        self._radius = radius
+
+    @cached_property
+    def _touched(self) -> tuple[str, ...]:
+        own = live(self._problem.parameters)
+        return tuple(self._gradient(own, {self._problem.level: own})[self._problem.level])
+
+    def touched(self) -> tuple[str, ...]:
+        """Found by one gradient."""
+        return self._touched
+
+    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
+        """Two gradients in w."""
+        level = self._problem.level
+
+        def at(shifted: Tree) -> Cross:
+            own = live(shifted)
+            return self._gradient(own, {level: own})
+
+        found = self._central(v, at).get(level, {})
+        return {key: found[key] if key in found else torch.zeros_like(v[key]) for key in v}
+
+    def cross(self, v: Mapping[str, Tensor]) -> Cross:
+        """Two gradients in lambda; the copies of w require none."""
+        values = self._problem.point.values
+
+        def at(shifted: Tree) -> Cross:
+            targets = {level: live(values[level]) for level in self._problem.targets}
+            return self._gradient(shifted, targets)
+
+        return self._central(v, at)
+
+    def _central(self, v: Mapping[str, Tensor], at: Callable[[Tree], Cross]) -> Cross:
+        own = self._problem.parameters
+        length = norm(v)
+        if length == 0.0:
+            return {}
+        reference = next(iter(v.values()))
+        radius = self._radius
+        if radius is None:
+            radius = float(torch.finfo(reference.dtype).eps ** (1 / 3)) * (1.0 + norm(own))
+        h = radius / length
+        moves = {key: v[key] for key in own if key in v}
+        ahead = at(add(own, moves, h))
+        behind = at(add(own, moves, -h))
+        return {
+            level: scale(add(ahead.get(level, {}), behind.get(level, {}), -1.0), 0.5 / h)
+            for level in {**ahead, **behind}
+        }
+
+    def _gradient(self, own: Tree, targets: Cross) -> Cross:
+        point = self._problem.point
+        inputs = {(level, key): t for level, tree in targets.items() for key, t in tree.items()}
+        state = point.loss.state({**point.values, self._problem.level: own, **targets})
+        share = 1.0 / len(point.batches)
+
+        def differentiate() -> Cross:
+            result: Cross = {level: {} for level in targets}
+            for loss, _ in point.losses():
+                if not loss.requires_grad:
+                    continue
+                for (level, key), value in gradient(loss, inputs).items():
+                    result[level] = add(result[level], {key: value}, share)
+            return result
+
+        return point.loss.within(state, differentiate)

@@ -1,0 +1,26 @@
+"""The signature that all product modes share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from mlodeco.tree import Tree
+
+Cross = dict[str, Tree]
+"""For each target level, a tree shaped like its parameters; missing keys are zero."""
+
+
+class Curvature(Protocol):
+    """Products with the second derivatives of one loss at one point."""
+
+    def touched(self) -> tuple[str, ...]:
+        """The level's own parameters that its loss depends on."""
+
+    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
+        """``(dg/dw)^T v``, shaped like the touched parameters."""
+
+    def cross(self, v: Mapping[str, Tensor]) -> Cross:
+        """``(dg/dlambda)^T v`` for each target."""

@@ -1,0 +1,83 @@
+"""Reverse over reverse: one graph of the gradient, then one vjp a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TypeVar
+
+from torch import Tensor
+
+from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products.protocol import Cross
+from mlodeco.calculus.stateless import gradient, live
+from mlodeco.tree import Tree
+
+K = TypeVar("K")
+
+
+class Reverse:
+    """Keeps the graph of the gradient, so that many directions cost one vjp each.
+
+    Args:
+        problem: the loss, its point and the targets.
+        with_targets: whether :meth:`cross` will be asked for; without it the graph
+            is that of the level's own parameters alone.
+    """
+
+    def __init__(self, problem: LowerProblem, *, with_targets: bool = True) -> None:
+        self._problem = problem
+        self._own = live(problem.parameters)
+        values = problem.point.values
+        targets = problem.targets if with_targets else ()
+        self._targets = {level: live(values[level]) for level in targets}
+        self._state = problem.point.loss.state(
+            {**values, **self._targets, problem.level: self._own}
+        )
+
+    @cached_property
+    def _gradients(self) -> list[Tree]:
+        def build() -> list[Tree]:
+            return [
+                gradient(loss, self._own, create_graph=True) if loss.requires_grad else {}
+                for loss, _ in self._problem.point.losses()
+            ]
+
+        return self._problem.point.loss.within(self._state, build)
+
+    def touched(self) -> tuple[str, ...]:
+        """The own parameters with a gradient in some micro-batch."""
+        return tuple(key for key in self._own if any(key in g for g in self._gradients))
+
+    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
+        """One vjp through the graph of the gradient."""
+        own = {key: self._own[key] for key in self.touched()}
+        found = self._pull_back(v, own)
+        return {key: found[key] if key in found else v[key].new_zeros(v[key].shape) for key in v}
+
+    def cross(self, v: Mapping[str, Tensor]) -> Cross:
+        """One vjp through the graph of the gradient."""
+        inputs = {(lv, key): t for lv, tree in self._targets.items() for key, t in tree.items()}
+        found = self._pull_back(v, inputs)
+        result: Cross = {level: {} for level in self._targets}
+        for (level, key), value in found.items():
+            result[level][key] = value
+        return result
+
+    def _pull_back(self, v: Mapping[str, Tensor], inputs: Mapping[K, Tensor]) -> dict[K, Tensor]:
+        share = 1.0 / len(self._gradients)
+        pairs = [
+            (g[key], v[key] * share if share != 1.0 else v[key])
+            for g in self._gradients
+            for key in g
+            if key in v and g[key].requires_grad
+        ]
+        if not pairs:
+            return {}
+        outputs = [output for output, _ in pairs]
+        weights = [weight for _, weight in pairs]
+
+        def pull() -> dict[K, Tensor]:
+            return gradient(outputs, inputs, weights, retain_graph=True)
+
+        return self._problem.point.loss.within(self._state, pull)

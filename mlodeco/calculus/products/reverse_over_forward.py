@@ -1,0 +1,50 @@
+"""Reverse over forward, for cross products alone.
+
+The own parameters carry v as a tangent; the tangent of the loss is ``<g, v>``, and its
+gradient in lambda is the cross product. Where lambda enters late, almost nothing is left
+for the reverse part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mlodeco.calculus.forward_mode import NoGradStopsTangents
+from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products.protocol import Cross
+from mlodeco.calculus.stateless import gradient, live
+from mlodeco.tree import add, scale
+
+
+def cross_by_duals(problem: LowerProblem, v: Mapping[str, Tensor]) -> Cross:
+    """``(dg/dlambda)^T v`` for each target: one dual forward pass, one gradient in lambda."""
+    point = problem.point
+    targets = {level: live(point.values[level]) for level in problem.targets}
+    inputs = {(level, key): t for level, tree in targets.items() for key, t in tree.items()}
+    share = 1.0 / len(point.batches)
+    with forward_ad.dual_level():
+        own = {
+            key: forward_ad.make_dual(value, v[key].detach()) if key in v else value
+            for key, value in problem.parameters.items()
+        }
+        state = point.loss.state({**point.values, **targets, problem.level: own})
+
+        def differentiate() -> Cross:
+            result: Cross = {level: {} for level in targets}
+            losses = point.losses()
+            while True:
+                with NoGradStopsTangents():
+                    item = next(losses, None)
+                if item is None:
+                    return result
+                tangent = forward_ad.unpack_dual(item[0]).tangent
+                if tangent is None or not tangent.requires_grad:
+                    continue
+                for (level, key), value in gradient(tangent, inputs).items():
+                    part = {key: value.detach()}
+                    result[level] = add(result[level], scale(part, share))
+
+        return point.loss.within(state, differentiate)

@@ -1,0 +1,65 @@
+"""The random numbers of a pass: drawn from a seed, and the streams left as they were."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def make_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on nothing but the parts."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Restores the streams of torch (CPU and CUDA), ``random`` and NumPy on leaving."""
+    saved = SavedRandomness()
+    try:
+        yield
+    finally:
+        saved.restore()
+
+
+class SavedRandomness:
+    """The state of every stream at one moment."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._python = random.getstate()
+        numpy = _numpy()
+        self._numpy = None if numpy is None else numpy.random.get_state()
+
+    def restore(self) -> None:
+        """Puts every stream back."""
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        numpy = _numpy()
+        if numpy is not None and self._numpy is not None:
+            numpy.random.set_state(self._numpy)
+
+
+def seed_streams(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
+    """Seeds every global stream and the generators given."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+    for generator in generators:
+        generator.manual_seed(seed)
+
+
+def _numpy() -> Any:
+    """NumPy if somebody has imported it: mlodeco itself does not need it."""
+    return sys.modules.get("numpy")

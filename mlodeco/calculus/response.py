@@ -1,0 +1,59 @@
+"""How a best response is differentiated: the protocol between the sweep and the methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products import Cross
+from mlodeco.tree import Tree
+
+
+class Status(Enum):
+    """How a linear solve ended, in words that say what to do."""
+
+    CONVERGED = "converged to its tolerance"
+    TRUNCATED = "stopped after its fixed number of terms, as asked"
+    MAX_STEPS = "stopped at max_steps before its tolerance: raise max_steps or loosen rtol"
+    DIVERGING = "the terms of the series grow: use a smaller step_size (or 'auto'), or add damping"
+    INDEFINITE = "met a direction without positive curvature: add damping, or use another method"
+    SINGULAR = "the system is singular, solved in the least-squares sense: add damping"
+
+    @property
+    def is_trouble(self) -> bool:
+        """Whether a person should hear of it."""
+        return self in (Status.DIVERGING, Status.INDEFINITE, Status.SINGULAR)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An approximate solution of ``H x = b``.
+
+    Attributes:
+        value: x, with the keys of b.
+        steps: how many steps or terms the method took, as the method counts them.
+        residual: ``|b - H x| / |b|``, or what the method documents; None if not computed.
+        status: how it ended.
+    """
+
+    value: Tree
+    steps: int
+    residual: float | None
+    status: Status
+
+
+@dataclass(frozen=True)
+class Response:
+    """The solution v of the linear system and the cross products ``(dg/dlambda)^T v``."""
+
+    cross: Cross
+    solution: Solution
+
+
+class Method(Protocol):
+    """Differentiates a best response."""
+
+    def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
+        """Solves ``(dg/dw)^T v = cotangent`` and returns v with its cross products."""

@@ -1,0 +1,274 @@
+"""A level's loss as a pure function of the parameters of every level that it sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mlodeco.calculus.kernels import contains_rnn, differentiable_kernels
+from mlodeco.errors import LossError, NonFiniteError
+from mlodeco.tree import Tree
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class LevelModule(nn.Module):
+    """A level function as a module: ``forward(items)`` is the user's function.
+
+    The modules that it names are submodules, under names that cannot clash with
+    attributes of ``nn.Module``. ``items`` maps its other arguments to their values.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        modules: Mapping[str, nn.Module],
+        arguments: tuple[str, ...],
+        module_arguments: Mapping[str, str],
+        positional: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self._function = function
+        self._arguments = arguments
+        self._positional = positional
+        self._slot_of: dict[str, str] = {}
+        for number, (level, module) in enumerate(modules.items()):
+            self.add_module(f"level{number}", module)
+            self._slot_of[level] = f"level{number}"
+        self._module_arguments = {
+            argument: self._slot_of[level] for argument, level in module_arguments.items()
+        }
+
+    def forward(self, items: Mapping[str, Any]) -> Any:
+        """Calls the user's function with its modules and the items."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for name in self._arguments:
+            slot = self._module_arguments.get(name)
+            value = items[name] if slot is None else self._modules[slot]
+            if name in self._positional:
+                args.append(value)
+            else:
+                kwargs[name] = value
+        return self._function(*args, **kwargs)
+
+
+class _Scope(nn.Module):
+    """Runs any function while the slots of a level module are swapped."""
+
+    def __init__(self, level: LevelModule) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One place that holds a tensor: a key for ``functional_call`` and where to look it up."""
+
+    key: str
+    holder: dict[str, Tensor | None]
+    name: str
+    owner: tuple[str, str] | None
+    child: int
+
+    @property
+    def tensor(self) -> Tensor:
+        value = self.holder[self.name]
+        if value is None:
+            raise KeyError(self.key)
+        return value
+
+
+State = dict[str, Tensor]
+"""Tensors for the slots of one level module, by slot key."""
+
+
+class StatelessLoss:
+    """A level's loss ``C(values; items)`` with nothing hidden.
+
+    One key per slot: a module reachable by two names is swapped once, and tied or
+    shared tensors are found by identity, so that every slot that holds a parameter
+    of a level gets that level's value.
+
+    Args:
+        level: the level's name.
+        site: where its function stands.
+        module: the level function with its modules.
+        owners: for the identity of a parameter, its level and name there.
+    """
+
+    def __init__(
+        self,
+        level: str,
+        site: str,
+        module: LevelModule,
+        owners: Mapping[int, tuple[str, str]],
+    ) -> None:
+        self.level = level
+        self.site = site
+        self.module = module
+        self._scope = _Scope(module)
+        self._has_rnn = contains_rnn(module)
+        self._parameters: list[_Slot] = []
+        self._buffers: list[_Slot] = []
+        for prefix, child in self._scope.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    owner = owners.get(id(parameter))
+                    holder: Any = child._parameters
+                    self._parameters.append(_Slot(dot + name, holder, name, owner, id(child)))
+            for name, buffer in child._buffers.items():
+                if buffer is not None:
+                    self._buffers.append(_Slot(dot + name, child._buffers, name, None, id(child)))
+        self.sees = tuple(dict.fromkeys(s.owner[0] for s in self._parameters if s.owner))
+
+    def state(self, values: Mapping[str, Mapping[str, Tensor]]) -> State:
+        """A tensor for every slot: the values of the levels given, else constants.
+
+        Buffers are copies, so that a pass that updates them changes nothing outside.
+        """
+        state: State = {}
+        for slot in self._parameters:
+            level, name = slot.owner or ("", "")
+            value = values[level].get(name) if level in values else None
+            state[slot.key] = slot.tensor.detach() if value is None else value
+        for slot in self._buffers:
+            state[slot.key] = slot.tensor.detach().clone()
+        return state
+
+    def buffers(self) -> list[tuple[str, int, Tensor]]:
+        """The real buffers: slot key, identity of the module that holds them, tensor."""
+        return [(slot.key, slot.child, slot.tensor) for slot in self._buffers]
+
+    def within(self, state: State, function: Callable[[], T]) -> T:
+        """Calls ``function`` while every slot holds its tensor of ``state``.
+
+        Backward passes belong inside as well: activation checkpointing calls the
+        user's modules again from there. Buffers of ``state`` may be updated by it.
+        """
+        with differentiable_kernels(self._has_rnn):
+            result: T = functional_call(self._scope, state, (function,), tie_weights=False)
+        return result
+
+    def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Calls the user's function as things are, and checks what it returns.
+
+        Returns:
+            The scalar loss and the metrics that came with it.
+
+        Raises:
+            LossError: it is not a scalar loss.
+        """
+        return read_loss(self.module(items), self.level, self.site)
+
+
+def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, Any]]:
+    """Splits what a level function returned into its scalar loss and its metrics.
+
+    Raises:
+        LossError: it is not ``loss``, ``(loss, metrics)`` or ``{"loss": loss, ...}``.
+    """
+
+    def refuse(found: str, remedy: str) -> LossError:
+        return LossError(
+            found,
+            expected="a scalar tensor, (scalar, metrics) or {'loss': scalar, ...}.",
+            remedy=remedy,
+            level=level,
+            site=site,
+        )
+
+    metrics: dict[str, Any] = {}
+    loss = returned
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        loss, metrics = returned[0], dict(returned[1])
+    elif isinstance(returned, Mapping):
+        if "loss" not in returned:
+            raise refuse(
+                f"the function returned a dictionary without 'loss': {sorted(map(str, returned))}.",
+                "name the loss: return {'loss': loss, ...}.",
+            )
+        loss = returned["loss"]
+        metrics = {key: value for key, value in returned.items() if key != "loss"}
+    if loss is None:
+        raise refuse(
+            "the function returned None.",
+            "return the loss; do not call .backward() or step an optimizer: the library does.",
+        )
+    if not isinstance(loss, Tensor):
+        raise refuse(
+            f"the function returned {type(loss).__name__} {loss!r:.60}.",
+            "return the loss tensor itself, without .item() or float().",
+        )
+    if loss.numel() != 1:
+        raise refuse(
+            f"the loss has shape {tuple(loss.shape)}.",
+            "reduce it to a scalar: return losses.mean().",
+        )
+    if not loss.is_floating_point():
+        raise refuse(
+            f"the loss has dtype {loss.dtype}.", "compute the loss in floating point numbers."
+        )
+    return loss.reshape(()), metrics
+
+
+def require_finite(loss: Tensor, level: str, site: str) -> float:
+    """The loss as a number.
+
+    Raises:
+        NonFiniteError: it is infinite or not a number.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss is {value}.",
+            expected="a finite number.",
+            remedy="look for a learning rate that is too large, a division by zero or the "
+            "logarithm of zero in this function, or bad numbers in its batch.",
+            level=level,
+            site=site,
+        )
+    return value
+
+
+def live(tree: Mapping[str, Tensor]) -> Tree:
+    """Fresh leaves with the same storage that require gradients."""
+    return {key: value.detach().requires_grad_() for key, value in tree.items()}
+
+
+def frozen(tree: Mapping[str, Tensor]) -> Tree:
+    """The same tensors without gradients."""
+    return {key: value.detach() for key, value in tree.items()}
+
+
+def gradient(
+    outputs: Tensor | list[Tensor],
+    inputs: Mapping[K, Tensor],
+    weights: list[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> dict[K, Tensor]:
+    """``autograd.grad`` on mappings; inputs that the outputs do not depend on are left out."""
+    if not inputs:
+        return {}
+    found = torch.autograd.grad(
+        outputs,
+        list(inputs.values()),
+        grad_outputs=weights,
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
+    return {key: value for key, value in zip(inputs, found, strict=True) if value is not None}

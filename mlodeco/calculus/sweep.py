@@ -1,0 +1,165 @@
+"""Reverse accumulation of a hypergradient over the dataflow graph, Eq. (2) of Betty.
+
+``dC_k/dtheta_k = direct - sum over paths of (cross product)(inverse curvature)...``: the
+cotangents run down the lower-to-upper edges, every level on a path is solved once, and the
+responses that read the top level are added up. Choe et al., ICLR 2023, arXiv:2207.02849.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mlodeco.calculus.point import LowerProblem, Point
+from mlodeco.calculus.response import Method, Solution
+from mlodeco.calculus.stateless import State, gradient, live, require_finite
+from mlodeco.errors import NonFiniteError
+from mlodeco.graph import SweepPlan
+from mlodeco.tree import Tree, add, norm, scale
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One linear solve of a sweep."""
+
+    level: str
+    method: Method
+    solution: Solution
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The total derivative of a level's loss in its own parameters.
+
+    Attributes:
+        gradient: direct plus indirect term; parameters that neither touches are left out.
+        direct: the direct term alone.
+        loss: the loss, averaged over micro-batches.
+        metrics: what the loss function returned beside it, for the last micro-batch.
+        solves: the linear solves made, in their order.
+        state: the tensors of the top level's slots after its pass, updated buffers included.
+    """
+
+    gradient: Tree
+    direct: Tree
+    loss: float
+    metrics: dict[str, Any]
+    solves: tuple[Solve, ...]
+    state: State
+
+
+def sweep(
+    plan: SweepPlan,
+    points: Mapping[str, Point],
+    methods: Mapping[tuple[str, str], Method],
+) -> Hypergradient:
+    """The hypergradient of ``plan.top`` at the points given.
+
+    Args:
+        plan: the visits, uppers first.
+        points: the loss of the top level and of each level visited.
+        methods: for each edge (upper, lower) how the lower level is differentiated.
+
+    Raises:
+        LossError: a loss function returned no scalar loss.
+        NonFiniteError: a loss, a cotangent or a solution is not finite.
+    """
+    first = _direct_pass(plan, points[plan.top])
+    indirect: Tree = {}
+    pending = _Cotangents()
+    for low in plan.lowers:
+        pending.add(low, methods[plan.top, low], first.cotangents.get(low, {}), 1.0)
+    solves: list[Solve] = []
+    for visit in plan.visits:
+        targets = (*visit.lowers, *((plan.top,) if visit.feeds_top else ()))
+        for method, cotangent in pending.of(visit.level):
+            problem = LowerProblem(points[visit.level], visit.level, targets)
+            _require_finite_tree(cotangent, problem, "the cotangent that reaches the level")
+            response = method.respond(problem, cotangent)
+            what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
+            _require_finite_tree(response.solution.value, problem, what)
+            solves.append(Solve(visit.level, method, response.solution))
+            for target, tree in response.cross.items():
+                if target == plan.top:
+                    indirect = add(indirect, tree, -1.0)
+                else:
+                    pending.add(target, methods[visit.level, target], tree, -1.0)
+    return Hypergradient(
+        gradient=add(first.direct, indirect),
+        direct=first.direct,
+        loss=first.loss,
+        metrics=first.metrics,
+        solves=tuple(solves),
+        state=first.state,
+    )
+
+
+@dataclass(frozen=True)
+class _DirectPass:
+    loss: float
+    metrics: dict[str, Any]
+    direct: Tree
+    cotangents: Mapping[str, Tree]
+    state: State
+
+
+def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
+    """One backward of the top level's loss: its direct gradient and all first cotangents."""
+    wanted = (plan.top, *plan.lowers)
+    leaves = {level: live(point.values[level]) for level in wanted}
+    inputs = {(level, key): t for level, tree in leaves.items() for key, t in tree.items()}
+    state = point.loss.state({**point.values, **leaves})
+    share = 1.0 / len(point.batches)
+
+    def differentiate() -> tuple[float, dict[str, Any], dict[str, Tree]]:
+        value = 0.0
+        metrics: dict[str, Any] = {}
+        found: dict[str, Tree] = {level: {} for level in wanted}
+        for loss, metrics in point.losses():  # noqa: B007 - the last ones are returned
+            value += share * require_finite(loss, point.loss.level, point.loss.site)
+            if not loss.requires_grad:
+                continue
+            parts: dict[str, dict[str, Tensor]] = {level: {} for level in wanted}
+            for (level, key), part in gradient(loss, inputs).items():
+                parts[level][key] = part
+            for level in wanted:
+                found[level] = add(found[level], scale(parts[level], share))
+        return value, metrics, found
+
+    value, metrics, found = point.loss.within(state, differentiate)
+    return _DirectPass(value, metrics, found.pop(plan.top), found, state)
+
+
+class _Cotangents:
+    """The cotangents on their way down, by level and by the method of the edge they came on."""
+
+    def __init__(self) -> None:
+        self._by_level: dict[str, list[tuple[Method, Tree]]] = {}
+
+    def add(self, level: str, method: Method, tree: Tree, factor: float) -> None:
+        groups = self._by_level.setdefault(level, [])
+        for number, (other, cotangent) in enumerate(groups):
+            if other is method or other == method:
+                groups[number] = (other, add(cotangent, tree, factor))
+                return
+        groups.append((method, add({}, tree, factor)))
+
+    def of(self, level: str) -> list[tuple[Method, Tree]]:
+        return self._by_level.get(level, [])
+
+
+def _require_finite_tree(tree: Tree, problem: LowerProblem, what: str) -> None:
+    size = norm(tree)
+    if size - size == 0.0:
+        return
+    raise NonFiniteError(
+        f"{what} is not finite (its norm is {size}).",
+        expected="finite numbers.",
+        remedy="look at the loss of the level above for overflow; for a solver, use a smaller "
+        "step or more damping.",
+        level=problem.level,
+        site=problem.point.loss.site,
+    )

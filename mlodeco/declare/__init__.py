@@ -1,0 +1,1 @@
+"""What the decorators record: no torch, nothing built, nothing run."""

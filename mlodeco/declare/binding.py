@@ -1,0 +1,187 @@
+"""What each argument of a user's function stands for, by its name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from mlodeco.declare.records import RESERVED, Function, LevelDeclaration
+from mlodeco.declare.site import Site
+from mlodeco.errors import BindingError, closest, did_you_mean, quoted
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Role(Enum):
+    """What an argument stands for."""
+
+    OWN = "the level's own module"
+    LEVEL = "another level's module"
+    BATCH = "the batch"
+    CONTEXT = "the step's context"
+    FIELD = "a part of the batch"
+    DATA = "the item of a loader"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument that the library fills in."""
+
+    name: str
+    role: Role
+    target: str
+    positional: bool
+
+
+@dataclass(frozen=True)
+class Binding:
+    """All arguments of a level function that the library fills in, in their order."""
+
+    arguments: tuple[Argument, ...]
+    reads: tuple[str, ...]
+
+    def of(self, *roles: Role) -> tuple[Argument, ...]:
+        """The arguments with one of the roles."""
+        return tuple(argument for argument in self.arguments if argument.role in roles)
+
+
+def parameters_of(function: Function) -> list[inspect.Parameter]:
+    """The named parameters; ``*args`` and ``**kwargs`` receive nothing."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter for parameter in parameters if parameter.kind not in _VARIADIC]
+
+
+def bind(declaration: LevelDeclaration, levels: Collection[str]) -> Binding:
+    """Binds a level function's arguments to levels, batch, context, fields and data.
+
+    Raises:
+        BindingError: an argument names nothing, or two things share a name.
+    """
+    _refuse_shared_names(declaration, levels)
+    arguments: list[Argument] = []
+    parameters = parameters_of(declaration.function)
+    names = {parameter.name for parameter in parameters}
+    _refuse_unknown_reads(declaration, names, levels)
+    own_is_named = declaration.name in names
+    for position, parameter in enumerate(parameters):
+        found = _role(declaration, parameter.name, levels)
+        if found is None and position == 0 and not own_is_named:
+            found = (Role.OWN, declaration.name)
+        if found is None:
+            _refuse_unmatched(declaration, parameter, levels)
+            continue
+        role, target = found
+        positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+        arguments.append(Argument(parameter.name, role, target, positional))
+    read = [a.target for a in arguments if a.role is Role.LEVEL]
+    reads = tuple(dict.fromkeys([*read, *declaration.extra_reads]))
+    return Binding(tuple(arguments), reads)
+
+
+def _role(
+    declaration: LevelDeclaration, name: str, levels: Collection[str]
+) -> tuple[Role, str] | None:
+    if name in declaration.argument_reads:
+        return Role.LEVEL, declaration.argument_reads[name]
+    if name == declaration.name:
+        return Role.OWN, name
+    if name == "batch":
+        return Role.BATCH, name
+    if name == "ctx":
+        return Role.CONTEXT, name
+    if name in declaration.fields:
+        return Role.FIELD, name
+    if name in declaration.data_keys:
+        return Role.DATA, name
+    if name in levels:
+        return Role.LEVEL, name
+    return None
+
+
+def _known_names(declaration: LevelDeclaration, levels: Collection[str]) -> list[str]:
+    return [*levels, *declaration.fields, *declaration.data_keys, *RESERVED]
+
+
+def _refuse_unmatched(
+    declaration: LevelDeclaration, parameter: inspect.Parameter, levels: Collection[str]
+) -> None:
+    known = _known_names(declaration, levels)
+    resembles = closest(parameter.name, known, cutoff=0.8)
+    if parameter.default is not inspect.Parameter.empty and resembles is None:
+        return
+    raise BindingError(
+        f"argument {parameter.name!r} names no level, field or loader.",
+        expected=f"one of {quoted(known)}.",
+        remedy="rename the argument, declare a level of that name, map it by "
+        f"reads={{{parameter.name!r}: 'level'}}, or give it a default of its own."
+        f"{did_you_mean(parameter.name, known)}",
+        level=declaration.name,
+        site=str(declaration.site),
+    )
+
+
+def _refuse_unknown_reads(
+    declaration: LevelDeclaration, arguments: Collection[str], levels: Collection[str]
+) -> None:
+    for argument in declaration.argument_reads:
+        if argument not in arguments:
+            raise BindingError(
+                f"reads= maps the argument {argument!r}, which the function does not have.",
+                expected=f"one of its arguments: {quoted(sorted(arguments))}.",
+                remedy="write reads={'argument': 'level'} with an argument of the function."
+                f"{did_you_mean(argument, arguments)}",
+                level=declaration.name,
+                site=str(declaration.site),
+            )
+    for name in (*declaration.argument_reads.values(), *declaration.extra_reads):
+        if name == declaration.name or name not in levels:
+            what = "the level itself" if name == declaration.name else "an unknown level"
+            raise BindingError(
+                f"reads= names {name!r}, {what}.",
+                expected=f"another level: {quoted(n for n in levels if n != declaration.name)}.",
+                remedy=f"name a declared level.{did_you_mean(name, levels)}",
+                level=declaration.name,
+                site=str(declaration.site),
+            )
+
+
+def _refuse_shared_names(declaration: LevelDeclaration, levels: Collection[str]) -> None:
+    for what, names in (("field", declaration.fields), ("loader", declaration.data_keys)):
+        for name in names:
+            clash = "a level" if name in levels else "reserved" if name in RESERVED else ""
+            if name in declaration.fields and name in declaration.data_keys:
+                clash = "a field and a loader at once"
+            if clash:
+                raise BindingError(
+                    f"the {what} {name!r} is {clash}: an argument of that name would be ambiguous.",
+                    remedy=f"rename the {what}.",
+                    level=declaration.name,
+                    site=str(declaration.site),
+                )
+
+
+def bind_offered(
+    function: Function, offered: Iterable[str], *, what: str, site: Site
+) -> tuple[str, ...]:
+    """The names, among those offered, that a hook or validation asks for.
+
+    Raises:
+        BindingError: it asks for something that is not offered.
+    """
+    known = list(dict.fromkeys(offered))
+    wanted: list[str] = []
+    for parameter in parameters_of(function):
+        if parameter.name in known:
+            wanted.append(parameter.name)
+        elif parameter.default is inspect.Parameter.empty or closest(
+            parameter.name, known, cutoff=0.8
+        ):
+            raise BindingError(
+                f"{what} asks for {parameter.name!r}, which is not offered to it.",
+                expected=f"any of {quoted(known)}.",
+                remedy=f"rename or remove the argument.{did_you_mean(parameter.name, known)}",
+                site=str(site),
+            )
+    return tuple(wanted)

@@ -1,0 +1,192 @@
+"""Checks of what a decorator was given, made before anything is recorded."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from mlodeco.declare.records import RESERVED
+from mlodeco.declare.site import Site, underlying
+from mlodeco.errors import DeclarationError, did_you_mean, quoted
+
+
+class Checker:
+    """Checks the options of one declaration; every message names its place."""
+
+    def __init__(self, what: str, level: str | None, site: Site) -> None:
+        self._what = what
+        self._level = level
+        self._site = str(site)
+
+    def error(self, found: str, *, remedy: str, expected: str = "") -> DeclarationError:
+        """The error, located."""
+        return DeclarationError(
+            found, remedy=remedy, expected=expected, level=self._level, site=self._site
+        )
+
+    def count(self, option: str, value: object, *, least: int) -> int:
+        """An integer of at least ``least``."""
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.error(
+                f"{option}={value!r}.",
+                expected=f"an integer of at least {least}.",
+                remedy=f"set {option}={least} or more, or leave it out.",
+            )
+        return value
+
+    def flag(self, option: str, value: object) -> bool:
+        """True or False."""
+        if not isinstance(value, bool):
+            raise self.error(
+                f"{option}={value!r}.", expected="True or False.", remedy=f"set {option}=True."
+            )
+        return value
+
+    def norm_bound(self, option: str, value: object) -> float | None:
+        """A positive finite number or None."""
+        if value is None:
+            return None
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
+            raise self.error(
+                f"{option}={value!r}.",
+                expected="a positive number, the largest norm of the gradient.",
+                remedy=f"set {option}=1.0, or leave it out for no clipping.",
+            )
+        return float(value)  # type: ignore[arg-type]
+
+    def choice(self, option: str, value: object, choices: Iterable[str]) -> str:
+        """One of a few words."""
+        known = tuple(choices)
+        if not isinstance(value, str) or value not in known:
+            hint = did_you_mean(value, known) if isinstance(value, str) else ""
+            raise self.error(
+                f"{option}={value!r}.",
+                expected=f"one of {quoted(known)}.",
+                remedy=f"choose one of them.{hint}",
+            )
+        return value
+
+    def callable_or_none(self, option: str, value: object, remedy: str) -> None:
+        """A function or None."""
+        if value is not None and not callable(value):
+            raise self.error(f"{option}={value!r} is not callable.", remedy=remedy)
+
+    def names(self, option: str, value: object) -> tuple[str, ...]:
+        """A list of distinct names; a bare string is the mistake it looks like."""
+        if isinstance(value, str):
+            raise self.error(
+                f"{option}={value!r} is a string.",
+                expected="a list of names.",
+                remedy=f"write {option}=[{value!r}].",
+            )
+        if not isinstance(value, Iterable):
+            raise self.error(
+                f"{option}={value!r}.",
+                expected="a list of names.",
+                remedy=f"write {option}=['name', ...].",
+            )
+        names = tuple(value)
+        for name in names:
+            if not isinstance(name, str):
+                raise self.error(
+                    f"{option} contains {name!r}.",
+                    expected="names, as strings.",
+                    remedy="name the level by the string it was declared with.",
+                )
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled is not None:
+            raise self.error(f"{option} names {doubled!r} twice.", remedy="name each level once.")
+        return names
+
+    def unknown(self, options: Mapping[str, Any], known: Iterable[str]) -> None:
+        """Refuses options that the decorator does not have."""
+        if not options:
+            return
+        names = tuple(known)
+        option = next(iter(options))
+        raise self.error(
+            f"{self._what} has no option {option!r}.",
+            expected=f"options are {quoted(names)}.",
+            remedy=f"correct or remove it.{did_you_mean(option, names)}",
+        )
+
+    def function(self, function: object) -> None:
+        """Refuses what cannot be called as a plain function."""
+        if not callable(function):
+            raise self.error(
+                f"{self._what} decorates {function!r}, which is not a function.",
+                remedy="put the decorator above a function.",
+            )
+        plain = underlying(function)
+        if inspect.isclass(plain):
+            raise self.error(
+                f"{self._what} decorates the class {plain.__name__!r}.",
+                remedy="decorate a function, or an object with __call__.",
+            )
+        if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
+            raise self.error(
+                f"{self._what} decorates an async function.",
+                remedy="write it as a plain function (def, not async def).",
+            )
+        if inspect.isgeneratorfunction(plain):
+            raise self.error(
+                f"{self._what} decorates a generator function.",
+                remedy="return the result instead of yielding it.",
+            )
+        if _lacks_self(function):
+            raise self.error(
+                f"{self._what} decorates the method {plain.__qualname__!r} inside its class, "
+                "where it has no object to be bound to.",
+                remedy=f"decorate the bound method: decorator(obj.{plain.__name__}).",
+            )
+
+    def level_name(self, name: object) -> str:
+        """A non-empty string that is not reserved."""
+        if callable(name):
+            raise self.error(
+                "@level was used without a name.",
+                remedy="write @level('name', module=..., ...) above the function.",
+            )
+        if not isinstance(name, str) or not name.strip():
+            raise self.error(
+                f"the level's name is {name!r}.",
+                expected="a non-empty string.",
+                remedy="give the level a name, such as 'weights'.",
+            )
+        if name in RESERVED:
+            raise self.error(
+                f"the level's name {name!r} is reserved.",
+                remedy=f"choose another name; {quoted(RESERVED)} are arguments with a meaning.",
+            )
+        return name
+
+
+def _lacks_self(function: Callable[..., Any]) -> bool:
+    if not inspect.isfunction(function):
+        return False
+    first = next(iter(inspect.signature(function).parameters), None)
+    return first == "self" and "." in function.__qualname__.replace("<locals>.", "")
+
+
+def find_cycle(lower: Mapping[str, Iterable[str]]) -> list[str] | None:
+    """A cycle of the relation as a closed path of names, or None."""
+    done: set[str] = set()
+    for root in lower:
+        if root in done:
+            continue
+        path: list[str] = [root]
+        pending = [iter(lower.get(root, ()))]
+        while pending:
+            child = next(pending[-1], None)
+            if child is None:
+                done.add(path.pop())
+                pending.pop()
+            elif child in path:
+                return [*path[path.index(child) :], child]
+            elif child not in done:
+                path.append(child)
+                pending.append(iter(lower.get(child, ())))
+    return None

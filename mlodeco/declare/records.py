@@ -1,0 +1,87 @@
+"""The records that declarations leave in a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from mlodeco.declare.site import Site
+
+Function = Callable[..., Any]
+
+RESERVED: Final = ("batch", "ctx")
+"""Argument names that are never levels."""
+
+
+class Unset(Enum):
+    """Marks an option that was not given, where ``None`` has a meaning of its own."""
+
+    UNSET = "unset"
+
+
+UNSET: Final = Unset.UNSET
+
+
+@dataclass(frozen=True, eq=False)
+class LevelDeclaration:
+    """One optimization problem, as declared. Options are those of ``Program.level``."""
+
+    name: str
+    function: Function
+    site: Site
+    lower: tuple[str, ...]
+    argument_reads: Mapping[str, str]
+    extra_reads: tuple[str, ...]
+    hypergrad: Any
+    module: Any
+    params: Any
+    optimizer: Any
+    scheduler: Any
+    data: Any
+    fields: tuple[str, ...]
+    inner_steps: int
+    repeat: int
+    warmup: int
+    accumulate: int
+    clip_norm: float | None
+    rollback: bool
+
+    @property
+    def data_keys(self) -> tuple[str, ...]:
+        """The names under which the items of several loaders are read."""
+        return tuple(self.data) if isinstance(self.data, Mapping) else ()
+
+
+@dataclass(frozen=True, eq=False)
+class HookDeclaration:
+    """A function to call at an event."""
+
+    event: str
+    function: Function
+    site: Site
+    level: str | None
+    every: int
+
+
+@dataclass(frozen=True, eq=False)
+class ValidationDeclaration:
+    """A function that returns metrics, and what to do with them."""
+
+    function: Function
+    site: Site
+    every: int
+    data: Any
+    monitor: str | None
+    mode: str
+    patience: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class MethodDeclaration:
+    """A linear solver or method object under a name of the user's."""
+
+    name: str
+    value: Any
+    site: Site

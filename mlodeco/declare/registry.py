@@ -1,0 +1,441 @@
+"""The registry behind a program: decorators as methods, one current registry."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TypeVar
+
+from mlodeco.declare.checks import Checker, find_cycle
+from mlodeco.declare.records import (
+    UNSET,
+    Function,
+    HookDeclaration,
+    LevelDeclaration,
+    MethodDeclaration,
+    Unset,
+    ValidationDeclaration,
+)
+from mlodeco.declare.site import Site, locate
+from mlodeco.errors import GraphError, RedeclarationWarning, RunError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EVENTS: Final = (
+    "run_start",
+    "loop_start",
+    "before_step",
+    "after_backward",
+    "after_step",
+    "hypergradient",
+    "epoch_end",
+    "loop_end",
+    "validate",
+    "run_end",
+)
+"""The events of ``on``, in the order in which a tick fires them."""
+
+RUN_EVENTS: Final = ("run_start", "validate", "run_end")
+"""The events that belong to the run and not to a level."""
+
+LEVEL_OPTIONS: Final = (
+    "lower",
+    "reads",
+    "hypergrad",
+    "module",
+    "params",
+    "optimizer",
+    "scheduler",
+    "data",
+    "fields",
+    "inner_steps",
+    "repeat",
+    "warmup",
+    "accumulate",
+    "clip_norm",
+    "rollback",
+)
+
+_current: ContextVar[Registry | None] = ContextVar("mlodeco_program", default=None)
+
+
+class Registry:
+    """What a program declares: levels, hooks, validations and methods.
+
+    A declaration is checked whole before it is recorded, so one that fails
+    leaves no trace. ``version`` grows with each that succeeds.
+    """
+
+    def __init__(self) -> None:
+        self.levels: dict[str, LevelDeclaration] = {}
+        self.hooks: list[HookDeclaration] = []
+        self.validations: list[ValidationDeclaration] = []
+        self.methods: dict[str, MethodDeclaration] = {}
+        self.version = 0
+        self.built: Any = None
+        self._tokens: list[Token[Registry | None]] = []
+
+    def level(
+        self,
+        name: str,
+        *,
+        lower: Iterable[str] = (),
+        reads: Iterable[str] | Mapping[str, str] = (),
+        hypergrad: Any | Unset = UNSET,
+        module: Any = None,
+        params: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        data: Any = None,
+        fields: Iterable[str] = (),
+        inner_steps: int = 1,
+        repeat: int = 1,
+        warmup: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        rollback: bool = False,
+        **unknown: Any,
+    ) -> Callable[[F], F]:
+        """Declares the decorated function as the loss of a level and returns it unchanged.
+
+        Args:
+            name: the level's name; functions that take an argument of that name read it.
+            lower: the levels whose solution this level's loss depends on.
+            reads: levels that the function uses without naming them, or a mapping
+                from its arguments to levels where the names differ.
+            hypergrad: how this level differentiates through its lower levels: a
+                name, a method object, a mapping from lower levels to these, or None
+                for the direct gradient alone. Default ``"neumann"``.
+            module: an ``nn.Module``, a factory of one, a mapping of names to tensors,
+                or the name of another level whose module is shared.
+            params: which parameters of the module this level optimizes: a predicate
+                on their names or an iterable of them. Default: all that require grad.
+            optimizer: from parameters to a ``torch.optim.Optimizer``, a function of an
+                argument ``module``, or an instance.
+            scheduler: from the optimizer to a learning-rate scheduler, which steps once
+                per own optimizer step.
+            data: a re-iterable of batches, a factory of one, or a mapping of names to these.
+            fields: names for the parts of a batch.
+            inner_steps: own optimizer steps per turn of the levels above.
+            repeat: own optimizer steps at each of its turns.
+            warmup: own optimizer steps before the levels above start.
+            accumulate: micro-batches per optimizer step.
+            clip_norm: the largest norm of the gradient.
+            rollback: after the levels above have stepped, go back to the start of the
+                inner loop and repeat its last step with the updated upper levels.
+            **unknown: refused, with the option that was probably meant.
+
+        Raises:
+            DeclarationError: an option is unknown or cannot be right, or the name is taken.
+            GraphError: the levels known so far depend on each other in a circle.
+        """
+
+        def decorate(function: F) -> F:
+            site = locate(function)
+            check = Checker("@level", name if isinstance(name, str) else None, site)
+            check.level_name(name)
+            check.unknown(unknown, LEVEL_OPTIONS)
+            check.function(function)
+            mapped = reads if isinstance(reads, Mapping) else {}
+            check.names("reads", mapped.values() if mapped else ())
+            declaration = LevelDeclaration(
+                name=name,
+                function=function,
+                site=site,
+                lower=_lower(check, name, lower),
+                argument_reads=dict(mapped),
+                extra_reads=() if isinstance(reads, Mapping) else check.names("reads", reads),
+                hypergrad="neumann" if hypergrad is UNSET else hypergrad,
+                module=_module(check, name, module),
+                params=_params(check, params),
+                optimizer=optimizer,
+                scheduler=scheduler,
+                data=data,
+                fields=check.names("fields", fields),
+                inner_steps=check.count("inner_steps", inner_steps, least=1),
+                repeat=check.count("repeat", repeat, least=1),
+                warmup=check.count("warmup", warmup, least=0),
+                accumulate=check.count("accumulate", accumulate, least=1),
+                clip_norm=check.norm_bound("clip_norm", clip_norm),
+                rollback=check.flag("rollback", rollback),
+            )
+            if hypergrad is not UNSET and not declaration.lower:
+                raise check.error(
+                    f"hypergrad={hypergrad!r} on a level without lower levels.",
+                    remedy="add lower=[...], or remove hypergrad: it says how a level "
+                    "differentiates through its lower levels.",
+                )
+            if optimizer is not None and not callable(optimizer) and _plain(optimizer):
+                raise check.error(
+                    f"optimizer={optimizer!r} is not an optimizer.",
+                    remedy="give functools.partial(torch.optim.SGD, lr=0.1), a function of the "
+                    "parameters, or an optimizer.",
+                )
+            check.callable_or_none(
+                "scheduler",
+                scheduler,
+                "give a function of the optimizer: "
+                "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10).",
+            )
+            self._add_level(declaration, check)
+            return function
+
+        if callable(name):
+            decorate(name)
+        return decorate
+
+    def on(
+        self, event: str, level: str | None = None, every: int = 1, **unknown: Any
+    ) -> Callable[[F], F]:
+        """Declares a hook: a function called at an event.
+
+        It takes any subset of what the event offers, by name: levels' modules,
+        ``ctx``, ``optimizer``, ``scheduler``, ``batch``, ``grads``, ``loss``, ``metrics``.
+
+        Args:
+            event: one of ``mlodeco.EVENTS``.
+            level: the level whose events are meant; None for those of every level.
+            every: call it at each ``every``-th occurrence only.
+            **unknown: refused.
+
+        Raises:
+            DeclarationError: the event is unknown, or an option cannot be right.
+        """
+
+        def decorate(function: F) -> F:
+            site = locate(function)
+            check = Checker("@on", None, site)
+            check.function(function)
+            check.unknown(unknown, ("event", "level", "every"))
+            check.choice("event", event, EVENTS)
+            if level is not None and event in RUN_EVENTS:
+                raise check.error(
+                    f"event {event!r} belongs to the run, not to level {level!r}.",
+                    remedy="leave level out.",
+                )
+            if level is not None:
+                check.level_name(level)
+            count = check.count("every", every, least=1)
+            self.hooks.append(HookDeclaration(event, function, site, level, count))
+            self.version += 1
+            return function
+
+        return decorate
+
+    def validate(
+        self,
+        *functions: Function,
+        every: int = 1,
+        data: Any = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int | None = None,
+        **unknown: Any,
+    ) -> Any:
+        """Declares a function that returns metrics, called in eval mode under ``no_grad``.
+
+        Called every ``every`` ticks and after the last one. Neither the random
+        numbers nor the modes of the run change by it.
+
+        Args:
+            *functions: the function, where the decorator is used without arguments.
+            every: ticks between two validations.
+            data: batches; the function is then called once per batch and its metrics
+                are averaged by the number of samples.
+            monitor: the metric that decides which validation is the best.
+            mode: whether the smallest (``"min"``) or largest value is the best.
+            patience: stop after this many validations in a row without a new best.
+            **unknown: refused.
+
+        Raises:
+            DeclarationError: an option cannot be right.
+        """
+
+        def decorate(function: F) -> F:
+            site = locate(function)
+            check = Checker("@validate", None, site)
+            check.function(function)
+            check.unknown(unknown, ("every", "data", "monitor", "mode", "patience"))
+            check.choice("mode", mode, ("min", "max"))
+            if monitor is not None and not isinstance(monitor, str):
+                raise check.error(
+                    f"monitor={monitor!r}.",
+                    expected="the name of a metric.",
+                    remedy="name one of the metrics that the function returns.",
+                )
+            if patience is not None:
+                check.count("patience", patience, least=1)
+                if monitor is None:
+                    raise check.error(
+                        "patience is set and monitor is not.",
+                        remedy="say which metric to watch: monitor='accuracy'.",
+                    )
+            self.validations.append(
+                ValidationDeclaration(
+                    function=function,
+                    site=site,
+                    every=check.count("every", every, least=1),
+                    data=data,
+                    monitor=monitor,
+                    mode=mode,
+                    patience=patience,
+                )
+            )
+            self.version += 1
+            return function
+
+        return decorate(functions[0]) if functions else decorate
+
+    def method(self, name: str) -> Callable[[F], F]:
+        """Registers a linear solver or a method object under a name usable in ``hypergrad=``.
+
+        A solver is a function ``solve(matvec, b) -> x`` on dictionaries of tensors,
+        with ``x`` near the solution of ``matvec(x) = b``. A class is instantiated
+        without arguments.
+
+        Raises:
+            DeclarationError: the name is not one or is taken.
+        """
+
+        def decorate(value: F) -> F:
+            site = locate(value)
+            check = Checker("@method", None, site)
+            if not isinstance(name, str) or not name.isidentifier():
+                raise check.error(
+                    f"the method's name is {name!r}.",
+                    expected="an identifier.",
+                    remedy="name it like a variable: @method('my_solver').",
+                )
+            taken = self.methods.get(name)
+            if taken is not None and not site.interactive:
+                raise check.error(
+                    f"the method {name!r} is declared twice, first at {taken.site}.",
+                    remedy="rename one of them.",
+                )
+            self.methods[name] = MethodDeclaration(name, value, site)
+            self.version += 1
+            return value
+
+        if callable(name):
+            raise Checker("@method", None, locate(name)).error(
+                "@method was used without a name.",
+                remedy="write @method('name') above the function.",
+            )
+        return decorate
+
+    def __enter__(self) -> Self:
+        self._tokens.append(_current.set(self))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _current.reset(self._tokens.pop())
+
+    def _add_level(self, declaration: LevelDeclaration, check: Checker) -> None:
+        name = declaration.name
+        taken = self.levels.get(name)
+        replaces = taken is not None and _replaces(declaration.site, taken.site)
+        if taken is not None and not replaces:
+            raise check.error(
+                f"the level {name!r} is declared twice, first at {taken.site}.",
+                remedy="rename one of them, or use a Program for each.",
+            )
+        lower = {known.name: known.lower for known in self.levels.values()}
+        cycle = find_cycle({**lower, name: declaration.lower})
+        if cycle is not None:
+            raise GraphError(
+                f"lower= closes a circle: {' -> '.join(cycle)}.",
+                expected="lower levels that do not lead back to the level.",
+                remedy="remove one of these from lower=; a level reads an upper one "
+                "by naming it as an argument.",
+                level=name,
+                site=str(declaration.site),
+            )
+        self.levels[name] = declaration
+        self.version += 1
+        if replaces:
+            warnings.warn(
+                f"level {name!r} ({declaration.site}) replaces its earlier declaration.",
+                RedeclarationWarning,
+                stacklevel=4,
+            )
+
+
+def current_registry() -> Registry | None:
+    """The innermost program entered by ``with``, or None."""
+    return _current.get()
+
+
+def require_levels(registry: Registry) -> None:
+    """Refuses a program without levels.
+
+    Raises:
+        RunError: nothing was declared in it.
+    """
+    if not registry.levels:
+        raise RunError(
+            "the program has no levels.",
+            remedy="decorate a loss function with @level('name', module=..., ...); levels "
+            "declared inside 'with Program() as p' belong to p: pass program=p.",
+        )
+
+
+def _replaces(new: Site, old: Site) -> bool:
+    return new.interactive and (new.module, new.qualname) == (old.module, old.qualname)
+
+
+def _plain(value: object) -> bool:
+    return not hasattr(value, "param_groups")
+
+
+def _lower(check: Checker, name: str, lower: Iterable[str]) -> tuple[str, ...]:
+    names = check.names("lower", lower)
+    if name in names:
+        raise check.error(
+            f"lower= names the level itself, {name!r}.",
+            remedy="name other levels, whose solutions this one depends on.",
+        )
+    return names
+
+
+def _module(check: Checker, name: str, module: Any) -> Any:
+    if module is None:
+        raise check.error(
+            "the level has no module.",
+            expected="module=: an nn.Module, a factory of one, a mapping of names to tensors, "
+            "or the name of a level whose module is shared.",
+            remedy="give the parameters that this level optimizes, e.g. module=Net "
+            "or module={'log_decay': torch.zeros(3)}.",
+        )
+    if module == name if isinstance(module, str) else False:
+        raise check.error(
+            f"module={module!r} names the level itself.",
+            remedy="name another level, or give a module.",
+        )
+    if isinstance(module, str | Mapping) or callable(module):
+        return module
+    raise check.error(
+        f"module={module!r}.",
+        expected="an nn.Module, a factory of one, a mapping of names to tensors, or the name "
+        "of a level.",
+        remedy="wrap single tensors in a mapping: module={'name': tensor}.",
+    )
+
+
+def _params(check: Checker, params: Any) -> Any:
+    if params is None or callable(params):
+        return params
+    if isinstance(params, str) or not isinstance(params, Iterable):
+        raise check.error(
+            f"params={params!r}.",
+            expected="a predicate on parameter names or an iterable of parameters.",
+            remedy="write params=lambda name: name.startswith('head'), or "
+            "params=model.head.parameters().",
+        )
+    return tuple(params)

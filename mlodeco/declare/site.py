@@ -1,0 +1,60 @@
+"""Where a user's function stands, for messages."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """The place and name of a user's function."""
+
+    file: str
+    line: int
+    module: str
+    qualname: str
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.line}"
+
+    @property
+    def interactive(self) -> bool:
+        """Whether it was typed at a prompt or in a notebook cell."""
+        typed = self.file.startswith("<") or "ipykernel" in self.file
+        return self.module == "__main__" and (typed or hasattr(sys, "ps1"))
+
+
+def underlying(function: Callable[..., Any]) -> Any:
+    """The plain function inside partials, bound methods, wrappers and callable objects."""
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif inspect.ismethod(function):
+            function = function.__func__
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif not inspect.isfunction(function) and not inspect.isclass(function):
+            call = vars(type(function)).get("__call__")
+            if not inspect.isfunction(call):
+                return function
+            function = call
+        else:
+            return function
+
+
+def locate(function: Callable[..., Any]) -> Site:
+    """The site of ``function``; unknown parts are ``?`` and 0."""
+    plain = underlying(function)
+    code = getattr(plain, "__code__", None)
+    return Site(
+        file=code.co_filename if code else "?",
+        line=code.co_firstlineno if code else 0,
+        module=getattr(plain, "__module__", None) or "?",
+        qualname=getattr(plain, "__qualname__", type(plain).__qualname__),
+    )

@@ -1,0 +1,126 @@
+"""Exceptions, warnings and the way their messages are built.
+
+Every message says where the mistake is, what was found, what was expected and
+what to do about it. The parts are attributes, so that tests and tools need not
+parse the text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that ``name`` most resembles, or None."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def quoted(names: Iterable[str]) -> str:
+    """``'a', 'b'`` for a message; ``none`` for an empty list."""
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` with a leading space, or an empty string."""
+    match = closest(name, known)
+    return f" Did you mean {match!r}?" if match else ""
+
+
+class MlodecoError(Exception):
+    """Base of everything that mlodeco raises for a mistake in a program.
+
+    Args:
+        found: what was found.
+        remedy: what to do about it.
+        expected: what was expected, where ``found`` does not say it.
+        level: the name of the level at fault.
+        site: ``file:line`` of the function at fault.
+    """
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        remedy: str,
+        expected: str = "",
+        level: str | None = None,
+        site: str | None = None,
+    ) -> None:
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+        self.level = level
+        self.site = site
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        where = f"level {self.level!r}" if self.level is not None else ""
+        if self.site:
+            where = f"{where} ({self.site})" if where else self.site
+        lines = [f"{where}: {self.found}" if where else self.found]
+        if self.expected:
+            lines.append(f"  Expected: {self.expected}")
+        lines.append(f"  Remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+class DeclarationError(MlodecoError):
+    """A decorator was given something that cannot be right."""
+
+
+class BindingError(MlodecoError):
+    """An argument of a user's function names nothing that the program knows."""
+
+
+class GraphError(MlodecoError):
+    """The levels do not form a dataflow graph: an unknown level, a cycle."""
+
+
+class ModuleError(MlodecoError):
+    """A level's module or its selection of parameters cannot be used."""
+
+
+class OptimizerError(MlodecoError):
+    """A level's optimizer or scheduler cannot be used."""
+
+
+class DataError(MlodecoError):
+    """A level's data are missing, empty or not re-iterable."""
+
+
+class MethodError(MlodecoError):
+    """A hypergradient method is unknown, misused or failed."""
+
+
+class LossError(MlodecoError):
+    """A level function returned something that is not its loss."""
+
+
+class NonFiniteError(MlodecoError):
+    """A loss, cotangent, solution or gradient is infinite or not a number."""
+
+
+class RunError(MlodecoError):
+    """A run was asked for that cannot be done."""
+
+
+class MlodecoWarning(UserWarning):
+    """Base of mlodeco's warnings."""
+
+
+class GraphWarning(MlodecoWarning):
+    """The graph is legal and probably not what was meant."""
+
+
+class FallbackWarning(MlodecoWarning):
+    """A product fell back to a slower or less exact mode."""
+
+
+class SolverWarning(MlodecoWarning):
+    """A linear solve ended without a usable solution."""
+
+
+class RedeclarationWarning(MlodecoWarning):
+    """An interactive declaration replaced an earlier one of the same name."""

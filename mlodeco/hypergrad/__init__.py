@@ -1,0 +1,34 @@
+"""The methods that differentiate a best response, one file each, and their names.
+
+Each is an immutable record of its options. With H the Hessian of the lower level's loss in
+its own parameters (more exactly the transposed Jacobian of the gradient field that the loss
+gives, detached parts held constant), b the cotangent and ``cross`` the mixed second
+derivative, a method returns ``v`` near ``H^-1 b`` and ``cross^T v``.
+"""
+
+from mlodeco.calculus.response import Method, Response, Solution, Status
+from mlodeco.hypergrad.cg import CG
+from mlodeco.hypergrad.custom import Custom
+from mlodeco.hypergrad.dense import Dense
+from mlodeco.hypergrad.finite_difference import FiniteDifference
+from mlodeco.hypergrad.identity import Identity
+from mlodeco.hypergrad.implicit import Implicit, MatVec
+from mlodeco.hypergrad.neumann import Neumann
+from mlodeco.hypergrad.table import NAMES, resolve
+
+__all__ = [
+    "CG",
+    "NAMES",
+    "Custom",
+    "Dense",
+    "FiniteDifference",
+    "Identity",
+    "Implicit",
+    "MatVec",
+    "Method",
+    "Neumann",
+    "Response",
+    "Solution",
+    "Status",
+    "resolve",
+]

@@ -1,0 +1,48 @@
+"""The Hessian taken as the identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products import open_curvature
+from mlodeco.calculus.response import Response, Solution, Status
+from mlodeco.hypergrad.options import check_number, check_product
+from mlodeco.tree import Tree, norm, scale, zeros_like
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """``v = scale * b``: the inverse Hessian taken as ``scale`` times the identity (T1-T2).
+
+    Exact if ``H = I / scale``; otherwise the direction is biased towards directions of high
+    curvature. Cost: one cross product and no Hessian product. With ``scale`` the lower
+    level's learning rate it is the derivative through one SGD step.
+
+    Attributes:
+        scale: in squared parameter per loss.
+        product: ``"auto"``, ``"reverse"``, ``"reverse_over_forward"`` or ``"difference"``.
+
+    Reference:
+        Luketina et al. 2016, arXiv:1511.06727.
+    """
+
+    scale: float = 1.0
+    product: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            MethodError: one cannot be right.
+        """
+        check_number(self, "scale", self.scale, positive=True)
+        check_product(self, self.product)
+
+    def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
+        """Scales the cotangent and takes one cross product."""
+        if norm(cotangent) == 0.0:
+            return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
+        v = scale(cotangent, self.scale)
+        cross = open_curvature(problem, self.product).cross(v)
+        return Response(cross, Solution(v, 0, None, Status.TRUNCATED))

@@ -1,0 +1,64 @@
+"""What all implicit methods share: a linear solve, then the cross products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products import open_curvature
+from mlodeco.calculus.response import Response, Solution, Status
+from mlodeco.hypergrad.options import check_number, check_product
+from mlodeco.tree import Tree, add, norm, restrict, zeros_like
+
+MatVec = Callable[[Tree], Tree]
+"""The product with the (damped) Hessian; takes and returns a tree shaped like b."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implicit(ABC):
+    """An implicit method: ``v`` near ``(H + damping I)^-1 b``, then ``cross^T v``.
+
+    Parameters that the lower loss does not touch get ``v = 0`` and do not enter the solve.
+
+    Attributes:
+        product: how second derivatives are taken: ``"auto"``, ``"reverse"``,
+            ``"reverse_over_forward"`` (cross products; Hessian products in reverse) or
+            ``"difference"``.
+        damping: added to the diagonal of H, in units of loss per squared parameter. Weight
+            decay that the optimizer applies is not in the loss: give it here.
+    """
+
+    product: str = "auto"
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            MethodError: one cannot be right.
+        """
+        check_product(self, self.product)
+        check_number(self, "damping", self.damping, positive=False)
+
+    @abstractmethod
+    def solve(self, matvec: MatVec, b: Tree) -> Solution:
+        """An approximate solution of ``matvec(x) = b`` for b that is not zero."""
+
+    def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
+        """Solves for v and returns it with its cross products.
+
+        Costs the products of the solver and one cross product; nothing for b = 0.
+        """
+        curvature = open_curvature(problem, self.product)
+
+        def matvec(x: Tree) -> Tree:
+            product = curvature.hvp(x)
+            return add(product, x, self.damping) if self.damping else product
+
+        b = restrict(cotangent, curvature.touched())
+        if norm(b) == 0.0:
+            return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
+        solution = self.solve(matvec, b)
+        return Response(curvature.cross(solution.value), solution)

@@ -1,0 +1,73 @@
+"""A truncated Neumann series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlodeco.calculus.response import Solution, Status
+from mlodeco.hypergrad.implicit import Implicit, MatVec
+from mlodeco.hypergrad.options import check_count, check_number
+from mlodeco.tree import Tree, add, norm, scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neumann(Implicit):
+    """``v = a * sum_{k=0}^{num_terms-1} (I - a H)^k b``.
+
+    Converges to ``H^-1 b`` as terms are added if ``0 < a * eig(H) < 2``; for a fixed number
+    of terms it damps directions whose curvature is below ``1 / (a * num_terms)``. H need not
+    be symmetric. Cost: ``num_terms - 1`` Hessian products and one cross product; with
+    ``step_size="auto"`` also ``power_steps`` Hessian products.
+
+    Attributes:
+        num_terms: how many terms are summed; 1 is ``v = a b``.
+        step_size: a, in squared parameter per loss; ``"auto"`` takes one over the largest
+            curvature that power iteration started at b finds.
+        power_steps: Hessian products spent on ``step_size="auto"``.
+
+    The solution's residual is the size of the last term relative to the first.
+
+    Reference:
+        Lorraine et al. 2020, arXiv:1911.02590.
+    """
+
+    num_terms: int = 5
+    step_size: float | Literal["auto"] = "auto"
+    power_steps: int = 5
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            MethodError: one cannot be right.
+        """
+        super().__post_init__()
+        check_count(self, "num_terms", self.num_terms)
+        check_count(self, "power_steps", self.power_steps)
+        if self.step_size != "auto":
+            check_number(self, "step_size", self.step_size, positive=True)
+
+    def solve(self, matvec: MatVec, b: Tree) -> Solution:
+        """Sums the series."""
+        step = self._estimate_step(matvec, b) if self.step_size == "auto" else self.step_size
+        term, total = b, b
+        for _ in range(self.num_terms - 1):
+            term = add(term, matvec(term), -step)
+            total = add(total, term)
+        last = norm(term) / norm(b)
+        status = Status.DIVERGING if last > 1.0 + 1e-6 else Status.TRUNCATED
+        return Solution(scale(total, step), self.num_terms, last, status)
+
+    def _estimate_step(self, matvec: MatVec, b: Tree) -> float:
+        """One over the largest curvature met in the Krylov space of b, the only one that counts."""
+        direction = b
+        size = norm(b)
+        curvature = 0.0
+        for _ in range(self.power_steps):
+            direction = matvec(scale(direction, 1.0 / size))
+            size = norm(direction)
+            curvature = max(curvature, size)
+            if size == 0.0:
+                break
+        return 1.0 / curvature if curvature > 0.0 else 1.0

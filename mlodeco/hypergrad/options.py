@@ -1,0 +1,42 @@
+"""Checks of methods' options."""
+
+from __future__ import annotations
+
+import math
+
+from mlodeco.calculus.products import PRODUCTS
+from mlodeco.errors import MethodError, did_you_mean, quoted
+
+
+def check_count(method: object, option: str, value: object, least: int = 1) -> None:
+    """Refuses what is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise MethodError(
+            f"{type(method).__name__}({option}={value!r}).",
+            expected=f"an integer of at least {least}.",
+            remedy=f"set {option}={least} or more.",
+        )
+
+
+def check_number(method: object, option: str, value: object, *, positive: bool) -> None:
+    """Refuses what is not a finite number, positive or at least zero."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and math.isfinite(value) and (value > 0 or (value == 0 and not positive)):  # type: ignore[arg-type,operator]
+        return
+    bound = "above zero" if positive else "of at least zero"
+    raise MethodError(
+        f"{type(method).__name__}({option}={value!r}).",
+        expected=f"a finite number {bound}.",
+        remedy=f"set {option} to a number {bound}.",
+    )
+
+
+def check_product(method: object, value: object) -> None:
+    """Refuses what is not the name of a product mode."""
+    if value not in PRODUCTS:
+        hint = did_you_mean(value, PRODUCTS) if isinstance(value, str) else ""
+        raise MethodError(
+            f"{type(method).__name__}(product={value!r}).",
+            expected=f"one of {quoted(PRODUCTS)}.",
+            remedy=f"choose one of them; 'auto' suits most programs.{hint}",
+        )

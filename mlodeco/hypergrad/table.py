@@ -1,0 +1,91 @@
+"""The names of the methods, and how what a person wrote becomes a method."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from mlodeco.calculus.response import Method
+from mlodeco.errors import MethodError, did_you_mean, quoted
+from mlodeco.hypergrad.cg import CG
+from mlodeco.hypergrad.custom import Custom
+from mlodeco.hypergrad.dense import Dense
+from mlodeco.hypergrad.finite_difference import FiniteDifference
+from mlodeco.hypergrad.identity import Identity
+from mlodeco.hypergrad.neumann import Neumann
+
+NAMES: Final[Mapping[str, Callable[[], Method]]] = {
+    "identity": Identity,
+    "t1t2": Identity,
+    "finite_difference": FiniteDifference,
+    "darts": FiniteDifference,
+    "neumann": Neumann,
+    "cg": CG,
+    "dense": Dense,
+}
+
+
+def resolve(
+    spec: Any,
+    custom: Mapping[str, Any],
+    *,
+    level: str | None = None,
+    site: str | None = None,
+) -> Method | None:
+    """The method for a name, a method object, a solver or None (the direct gradient alone).
+
+    Args:
+        spec: what was given as ``hypergrad=``.
+        custom: methods registered by the program, by name.
+        level: the level, for messages.
+        site: the place of its function, for messages.
+
+    Raises:
+        MethodError: it is none of these.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        if spec in custom:
+            return _from_object(spec, custom[spec], level, site)
+        if spec in NAMES:
+            return NAMES[spec]()
+        known = [*NAMES, *custom]
+        raise MethodError(
+            f"there is no method {spec!r}.",
+            expected=f"one of {quoted(known)}.",
+            remedy=f"correct the name, or register it by @method({spec!r})."
+            f"{did_you_mean(spec, known)}",
+            level=level,
+            site=site,
+        )
+    return _from_object(type(spec).__name__, spec, level, site)
+
+
+def _from_object(name: str, value: Any, level: str | None, site: str | None) -> Method:
+    if inspect.isclass(value):
+        try:
+            value = value()
+        except TypeError as error:
+            raise MethodError(
+                f"the method {name!r} cannot be made without arguments: {error}.",
+                remedy="give the class defaults, or pass an object: hypergrad=Method(...).",
+                level=level,
+                site=site,
+            ) from error
+    if hasattr(value, "respond"):
+        method: Method = value
+        return method
+    if hasattr(value, "solve"):
+        return Custom(name=name, solver=value.solve)
+    if callable(value):
+        return Custom(name=getattr(value, "__name__", name), solver=value)
+    raise MethodError(
+        f"hypergrad={value!r} is not a method.",
+        expected="a name, a method object such as Neumann(num_terms=10), a function "
+        "solve(matvec, b), or None.",
+        remedy=f"write one of {quoted(NAMES)}.",
+        level=level,
+        site=site,
+    )

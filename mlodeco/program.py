@@ -1,0 +1,145 @@
+"""The public face: a program, the decorators of the current one, and ``run``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from mlodeco.declare.records import UNSET, Unset
+from mlodeco.declare.registry import Registry, current_registry
+from mlodeco.runtime import Accelerator, Result, Runner, build
+from mlodeco.runtime.functional import compute
+from mlodeco.runtime.runner import check_steps
+from mlodeco.show import GraphView, make_display
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Program(Registry):
+    """A registry of levels, validations, hooks and methods that are run together.
+
+    There is a default one; ``with Program() as p:`` makes another the current one, to which
+    the module-level decorators then belong.
+    """
+
+    def module(self, name: str) -> nn.Module:
+        """The real module of a level, built if it has not been."""
+        built = build(self)
+        return built.levels[built.graph.known(name)].module
+
+    def graph(self) -> GraphView:
+        """The dataflow graph: ``edges``, ``order``, ``paths(level)``; ``print`` draws it."""
+        built = build(self)
+        words = {
+            edge: "direct gradient only" if method is None else type(method).__name__
+            for edge, method in built.methods.items()
+        }
+        return GraphView(built.graph, words)
+
+    def reset(self) -> None:
+        """Forgets modules built and batches seen, and keeps the declarations.
+
+        Modules given as factories or mappings are made anew at the next use.
+        """
+        self.built = None
+
+
+DEFAULT: Final = Program()
+"""The program of the module-level decorators outside any ``with Program()``."""
+
+
+def current_program() -> Program:
+    """The innermost program entered by ``with``, else the default one."""
+    current = current_registry()
+    return current if isinstance(current, Program) else DEFAULT
+
+
+def _of_current(method: Callable[Concatenate[Program, P], R]) -> Callable[P, R]:
+    """A method of Program as a function that belongs to the current program."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return method(current_program(), *args, **kwargs)
+
+    signature = inspect.signature(method)
+    parameters = list(signature.parameters.values())[1:]
+    vars(call)["__signature__"] = signature.replace(parameters=parameters)
+    return call
+
+
+level = _of_current(Program.level)  # type: ignore[arg-type]
+on = _of_current(Program.on)  # type: ignore[arg-type]
+validate = _of_current(Program.validate)  # type: ignore[arg-type]
+method = _of_current(Program.method)
+
+
+def run(
+    steps: int,
+    *,
+    program: Program | None = None,
+    seed: int | None = None,
+    progress: str = "auto",
+    accelerator: Accelerator | None = None,
+) -> Result:
+    """Trains every level of a program for ``steps`` ticks.
+
+    At each tick the levels without lower levels take a step; a level above takes its turn
+    once its lower levels have finished their inner loops. A second ``run`` goes on with the
+    modules as they are and with fresh optimizers.
+
+    Args:
+        steps: ticks.
+        program: the program; default: the current one.
+        seed: seeds torch, ``random`` and NumPy before modules are built.
+        progress: ``"auto"``, ``"live"``, ``"plain"`` or ``"off"``.
+        accelerator: an Accelerator to use; default: a new one.
+
+    Returns:
+        The history, the best validation and why the run ended.
+
+    Raises:
+        MlodecoError: the program cannot be run; nothing was changed.
+    """
+    check_steps(steps)
+    display = make_display(progress)
+    runner = Runner(program or current_program(), seed=seed, accelerator=accelerator)
+    if display is not None:
+        runner.listeners.append(display)
+    return runner.run(steps)
+
+
+def hypergradient(
+    level: str,
+    *,
+    batches: Mapping[str, Any] | None = None,
+    program: Program | None = None,
+    hypergrad: Any | Unset = UNSET,
+) -> dict[str, Tensor]:
+    """The total derivative of a level's loss in its own parameters; nothing is changed.
+
+    Direct gradient plus the indirect one through the best responses of the levels below, at
+    the current parameters (Eq. (2) of Choe et al. 2023, arXiv:2207.02849).
+
+    Args:
+        level: the level.
+        batches: for levels, the batch to use (a list of ``accumulate`` batches where that is
+            above 1); others use that of the last step, else the first of a fresh iterator.
+        program: the program; default: the current one.
+        hypergrad: a method for every edge in place of those declared; None for the direct
+            gradient alone.
+
+    Returns:
+        A tensor for each parameter that the level optimizes, by its name and of its shape
+        and dtype; zeros where the loss does not depend on it.
+
+    Raises:
+        MlodecoError: the program or a batch does not fit.
+    """
+    return compute(
+        level, batches=batches, program=program or current_program(), hypergrad=hypergrad
+    )

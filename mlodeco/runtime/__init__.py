@@ -1,0 +1,23 @@
+"""The side effects: modules, optimizers, data, steps. The only importer of accelerate."""
+
+from accelerate import Accelerator
+
+from mlodeco.runtime.build import Build, build
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord
+from mlodeco.runtime.runner import Best, Listener, Result, Runner
+
+__all__ = [
+    "Accelerator",
+    "Best",
+    "Build",
+    "Context",
+    "History",
+    "Listener",
+    "Result",
+    "Runner",
+    "StepRecord",
+    "Tick",
+    "ValidationRecord",
+    "build",
+]

@@ -1,0 +1,240 @@
+"""A program made real: modules, stateless losses, graph and methods, all checked together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mlodeco.calculus.point import Decisions
+from mlodeco.calculus.response import Method, Status
+from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
+from mlodeco.declare.binding import Binding, Role, bind
+from mlodeco.declare.records import LevelDeclaration
+from mlodeco.declare.registry import Registry, require_levels
+from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
+from mlodeco.graph import Graph, SweepPlan, plan_sweep
+from mlodeco.hypergrad import resolve
+from mlodeco.runtime.modules import find_owners, materialize, select_parameters
+from mlodeco.tree import Tree
+
+Methods = dict[tuple[str, str], Method | None]
+"""For each lower-to-upper edge (upper, lower) its method; None closes the edge."""
+
+
+@dataclass
+class BuiltLevel:
+    """One level made real."""
+
+    declaration: LevelDeclaration
+    binding: Binding
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    loss: StatelessLoss
+    own_children: frozenset[int]
+    decisions: Decisions = field(default_factory=Decisions)
+    last_batches: tuple[Any, ...] | None = None
+    is_probed: bool = False
+    reported: set[Status] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """The level's name."""
+        return self.declaration.name
+
+    @property
+    def site(self) -> str:
+        """Where its function stands."""
+        return str(self.declaration.site)
+
+
+@dataclass
+class Build:
+    """A program made real, at one version of its declarations."""
+
+    version: int
+    levels: dict[str, BuiltLevel]
+    graph: Graph
+    methods: Methods
+    custom: dict[str, Any]
+    run_seed: int = 0
+    tick: int = 0
+
+    def plan(self, top: str, methods: Methods | None = None) -> SweepPlan:
+        """The sweep for ``top`` under the methods given, else those of the program."""
+        chosen = self.methods if methods is None else methods
+        return plan_sweep(self.graph, top, lambda upper, low: chosen[upper, low] is not None)
+
+    def values(self, levels: Iterable[str]) -> dict[str, Tree]:
+        """The current parameters of the levels, without gradients; the storage is shared."""
+        return {name: frozen(self.levels[name].parameters) for name in levels}
+
+    def methods_for(self, spec: Any) -> Methods:
+        """One method on every edge."""
+        method = resolve(spec, self.custom)
+        return dict.fromkeys(self.methods, method)
+
+
+def build(registry: Registry) -> Build:
+    """The program made real; kept until a declaration changes it.
+
+    Modules of levels that have not changed are kept, so are the last batches.
+
+    Raises:
+        RunError: no levels.
+        GraphError, BindingError, MethodError, ModuleError: the declarations do not fit.
+    """
+    current: Build | None = registry.built
+    if current is not None and current.version == registry.version:
+        return current
+    require_levels(registry)
+    declarations = dict(registry.levels)
+    _check_lower_names(declarations)
+    bindings = {name: bind(d, declarations) for name, d in declarations.items()}
+    same = {
+        name: level
+        for name, level in (current.levels if current else {}).items()
+        if declarations.get(name) is level.declaration
+    }
+    custom = {name: method.value for name, method in registry.methods.items()}
+    lower = {name: d.lower for name, d in declarations.items()}
+    _resolve_all(declarations, custom, Graph(lower, {}))
+    modules = materialize(declarations, {name: level.module for name, level in same.items()})
+    owned = {name: select_parameters(d, modules[name]) for name, d in declarations.items()}
+    owners = find_owners(declarations, owned)
+    buffer_owner = _buffer_owners(declarations, modules)
+    levels: dict[str, BuiltLevel] = {}
+    for name, declaration in declarations.items():
+        binding = bindings[name]
+        loss = _stateless_loss(declaration, binding, modules, owners)
+        own = frozenset(child for child, level in buffer_owner.items() if level == name)
+        levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
+        if name in same:
+            levels[name].last_batches = same[name].last_batches
+    reads = {
+        name: dict.fromkeys(
+            other for other in (*bindings[name].reads, *level.loss.sees) if other != name
+        )
+        for name, level in levels.items()
+    }
+    graph = Graph(lower, reads)
+    methods = _edge_methods(declarations, custom, graph)
+    result = Build(registry.version, levels, graph, methods, custom)
+    if current is not None:
+        result.run_seed, result.tick = current.run_seed, current.tick
+    _warn_of_closed_paths(result)
+    registry.built = result
+    return result
+
+
+def _stateless_loss(
+    declaration: LevelDeclaration,
+    binding: Binding,
+    modules: Mapping[str, nn.Module],
+    owners: Mapping[int, tuple[str, str]],
+) -> StatelessLoss:
+    named = binding.of(Role.OWN, Role.LEVEL)
+    module = LevelModule(
+        declaration.function,
+        {name: modules[name] for name in dict.fromkeys((declaration.name, *binding.reads))},
+        arguments=tuple(a.name for a in binding.arguments),
+        module_arguments={a.name: a.target for a in named},
+        positional=frozenset(a.name for a in binding.arguments if a.positional),
+    )
+    return StatelessLoss(declaration.name, str(declaration.site), module, owners)
+
+
+def _check_lower_names(declarations: Mapping[str, LevelDeclaration]) -> None:
+    for declaration in declarations.values():
+        for name in declaration.lower:
+            if name not in declarations:
+                raise GraphError(
+                    f"lower= names {name!r}, not a known level.",
+                    expected=f"one of {quoted(n for n in declarations if n != declaration.name)}.",
+                    remedy="correct the name, or import the module that declares it first."
+                    f"{did_you_mean(name, declarations)}",
+                    level=declaration.name,
+                    site=str(declaration.site),
+                )
+
+
+def _spec_for(declaration: LevelDeclaration, low: str) -> Any:
+    spec = declaration.hypergrad
+    if isinstance(spec, Mapping):
+        return spec.get(low, "neumann")
+    return spec
+
+
+def _resolve_all(
+    declarations: Mapping[str, LevelDeclaration], custom: Mapping[str, Any], graph: Graph
+) -> None:
+    """Checks every method spec, also on edges that turn out not to exist."""
+    for declaration in declarations.values():
+        site = str(declaration.site)
+        spec = declaration.hypergrad
+        below = graph.below(declaration.name)
+        for low in spec if isinstance(spec, Mapping) else ():
+            if low not in below:
+                raise MethodError(
+                    f"hypergrad= has the key {low!r}, which is not below the level.",
+                    expected=f"one of {quoted(sorted(below))}.",
+                    remedy=f"name a lower level.{did_you_mean(str(low), below)}",
+                    level=declaration.name,
+                    site=site,
+                )
+        for one in spec.values() if isinstance(spec, Mapping) else (spec,):
+            resolve(one, custom, level=declaration.name, site=site)
+
+
+def _edge_methods(
+    declarations: Mapping[str, LevelDeclaration], custom: Mapping[str, Any], graph: Graph
+) -> Methods:
+    methods: Methods = {}
+    for name, declaration in declarations.items():
+        made: dict[str, Method | None] = {}
+        for low in graph.best_responses(name):
+            spec = _spec_for(declaration, low)
+            key = repr(spec) if spec is None or isinstance(spec, str) else str(id(spec))
+            if key not in made:
+                made[key] = resolve(spec, custom, level=name, site=str(declaration.site))
+            methods[name, low] = made[key]
+    return methods
+
+
+def _buffer_owners(
+    declarations: Mapping[str, LevelDeclaration], modules: Mapping[str, nn.Module]
+) -> dict[int, str]:
+    """For the identity of each module object, the level whose own step updates its buffers.
+
+    A shared module belongs to the level that brought it, not to those that name that level.
+    """
+    brings_first = sorted(declarations, key=lambda name: isinstance(declarations[name].module, str))
+    owners: dict[int, str] = {}
+    for name in brings_first:
+        for child in modules[name].modules():
+            owners.setdefault(id(child), name)
+    return owners
+
+
+def _warn_of_closed_paths(built: Build) -> None:
+    for name, level in built.levels.items():
+        if not level.declaration.lower or level.declaration.hypergrad is None:
+            continue
+        if built.plan(name).visits:
+            continue
+        reads = [low for low in level.declaration.lower if low in built.graph.reads[name]]
+        if not reads:
+            why = f"its function reads none of {quoted(level.declaration.lower)}"
+            remedy = f"take one of them as an argument, e.g. ({level.declaration.lower[0]}, ...)"
+        else:
+            why = f"nothing below it reads {name!r} back"
+            remedy = f"let a lower level take {name!r} as an argument"
+        warnings.warn(
+            f"level {name!r} ({level.site}) reaches its lower levels by no path: {why}. "
+            f"Its hypergradient is the direct gradient. Remedy: {remedy}, or set hypergrad=None.",
+            GraphWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,68 @@
+"""What a user's function receives as ``ctx``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Context:
+    """Where a run stands, and what a function may tell it.
+
+    Attributes:
+        level: the level whose function is called; None in run-wide hooks.
+        tick: ticks begun, 1 during the first; 0 outside a run.
+        step: the level's own optimizer steps finished.
+        epoch: the level's finished passes over its data.
+        device: where the level's parameters are.
+        generator: random numbers of that device; the same in every pass of one hypergradient.
+        is_main: whether this is the main process.
+        accelerator: the run's Accelerator; None outside a run.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: str | None = None,
+        tick: int = 0,
+        step: int = 0,
+        epoch: int = 0,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+        accelerator: Any = None,
+        muted: bool = False,
+    ) -> None:
+        self.level = level
+        self.tick = tick
+        self.step = step
+        self.epoch = epoch
+        self.device = device or torch.device("cpu")
+        self.generator = generator or torch.Generator(device=self.device)
+        self.accelerator = accelerator
+        self.logged: dict[str, Any] = {}
+        self.stop_reason: str | None = None
+        self._muted = muted
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the main process."""
+        return self.accelerator is None or bool(self.accelerator.is_main_process)
+
+    def log(self, **metrics: Any) -> None:
+        """Adds metrics to the step's record. Does nothing in second-order passes."""
+        if not self._muted:
+            self.logged.update(metrics)
+
+    def stop(self, reason: str = "ctx.stop() was called") -> None:
+        """Ends the run after this tick. Does nothing in second-order passes."""
+        if not self._muted:
+            self.stop_reason = reason
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, along the first dimension."""
+        if self.accelerator is None:
+            return tensor
+        gathered: Tensor = self.accelerator.gather(tensor)
+        return gathered

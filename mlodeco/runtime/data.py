@@ -1,0 +1,228 @@
+"""Loaders: endless iteration, items for a function's arguments, nothing lost by a look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlodeco.calculus.randomness import preserved_randomness
+from mlodeco.declare.binding import Role
+from mlodeco.declare.records import LevelDeclaration
+from mlodeco.errors import DataError
+from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.context import Context
+
+
+class Cursor:
+    """Iterates over a re-iterable without end and counts its epochs."""
+
+    def __init__(self, source: Iterable[Any], where: Where) -> None:
+        self._source = source
+        self._where = where
+        self._iterator: Iterator[Any] | None = None
+        self.epoch = 0
+
+    def advance(self) -> tuple[Any, bool]:
+        """The next item, and whether a pass over the data ended before it.
+
+        Raises:
+            DataError: there are no items.
+        """
+        if self._iterator is not None:
+            for item in self._iterator:
+                return item, False
+        ended = self._iterator is not None
+        self._iterator = iter(self._source)
+        for item in self._iterator:
+            self.epoch += int(ended)
+            return item, ended
+        self._iterator = None
+        raise self._where.error(
+            "the data are empty: they gave no batch.",
+            "check the data set's size; with drop_last=True a DataLoader smaller than one "
+            "batch is empty.",
+        )
+
+
+class Where:
+    """Names the place of some data, for messages."""
+
+    def __init__(self, declaration_site: str, level: str | None, key: str | None = None) -> None:
+        self._site = declaration_site
+        self._level = level
+        self._key = f"data[{key!r}]: " if key is not None else ""
+
+    def error(self, found: str, remedy: str) -> DataError:
+        """The error, located."""
+        return DataError(f"{self._key}{found}", remedy=remedy, level=self._level, site=self._site)
+
+
+def open_source(data: Any, where: Where) -> Iterable[Any]:
+    """What ``data=`` gives batches from: itself, or what its factory returns.
+
+    Raises:
+        DataError: it cannot be iterated over more than once, or is one batch and not several.
+    """
+    source = data() if callable(data) and not isinstance(data, Iterable) else data
+    if isinstance(source, Tensor) or (
+        isinstance(source, tuple) and source and all(isinstance(part, Tensor) for part in source)
+    ):
+        raise where.error(
+            "data= is one batch of tensors, which would be iterated over its parts.",
+            "for one full batch at each step write data=[(x, y)]; for several give a DataLoader.",
+        )
+    if isinstance(source, Iterator):
+        raise where.error(
+            f"data= is a {type(source).__name__}, which can be iterated over only once.",
+            "give a function that makes a new one: data=lambda: make_iterator().",
+        )
+    if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
+        raise where.error(
+            f"data= is a {type(source).__name__}, which is not iterable.",
+            "give a DataLoader, a list of batches, or a function that returns one.",
+        )
+    iterable: Iterable[Any] = source
+    return iterable
+
+
+class Feed:
+    """The cursors of a level: one, or one for each name of a mapping."""
+
+    def __init__(self, declaration: LevelDeclaration) -> None:
+        data = declaration.data
+        site, level = str(declaration.site), declaration.name
+        self._keyed = isinstance(data, Mapping)
+        sources: Mapping[str, Any]
+        if data is None:
+            sources = {}
+        elif self._keyed:
+            sources = data
+        else:
+            sources = {"": data}
+        self.cursors = {
+            key: Cursor(open_source(value, where), where)
+            for key, value in sources.items()
+            for where in (Where(site, level, key or None),)
+        }
+
+    @property
+    def epoch(self) -> int:
+        """Finished passes over the data; with several loaders those of the first."""
+        first = next(iter(self.cursors.values()), None)
+        return first.epoch if first is not None else 0
+
+    def advance(self) -> tuple[Any, bool]:
+        """The next batch (a mapping for several loaders, None without data), and epoch ends."""
+        drawn = {key: cursor.advance() for key, cursor in self.cursors.items()}
+        ended = any(end for _, end in drawn.values())
+        if self._keyed:
+            return {key: item for key, (item, _) in drawn.items()}, ended
+        return (drawn[""][0] if drawn else None), ended
+
+
+def peek(declaration: LevelDeclaration, count: int) -> tuple[Any, ...]:
+    """The first ``count`` batches of fresh iterators; loaders and random numbers are restored."""
+    with preserved_randomness(), _preserved_generators(declaration.data):
+        feed = Feed(declaration)
+        return tuple(feed.advance()[0] for _ in range(count))
+
+
+@contextmanager
+def _preserved_generators(data: Any) -> Iterator[None]:
+    found: list[tuple[torch.Generator, Tensor]] = []
+    pending = [data]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, torch.Generator):
+            found.append((value, value.get_state()))
+        else:
+            names = ("generator", "sampler", "batch_sampler")
+            pending.extend(v for v in (_attribute(value, n) for n in names) if v is not None)
+    try:
+        yield
+    finally:
+        for generator, state in found:
+            generator.set_state(state)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """An instance attribute; properties and tensors are not looked into."""
+    return vars(value).get(name) if hasattr(value, "__dict__") else None
+
+
+def items_for(level: BuiltLevel, batch: Any, ctx: Context) -> dict[str, Any]:
+    """The values of a level function's arguments that are not modules.
+
+    Raises:
+        DataError: the function wants a batch, field or item that is not there.
+    """
+    declaration = level.declaration
+    items: dict[str, Any] = {}
+    for argument in level.binding.of(Role.BATCH, Role.FIELD, Role.DATA, Role.CONTEXT):
+        if argument.role is Role.CONTEXT:
+            items[argument.name] = ctx
+            continue
+        if batch is None:
+            raise DataError(
+                f"the function takes {argument.name!r} and the level has no data.",
+                remedy="give data= to @level, or a batch for it.",
+                level=level.name,
+                site=level.site,
+            )
+        if argument.role is Role.BATCH:
+            items[argument.name] = batch
+        elif argument.role is Role.DATA:
+            items[argument.name] = _entry(level, batch, argument.target)
+        else:
+            items[argument.name] = _part(level, batch, argument.target, declaration.fields)
+    return items
+
+
+def _entry(level: BuiltLevel, batch: Any, key: str) -> Any:
+    if not isinstance(batch, Mapping) or key not in batch:
+        raise DataError(
+            f"the batch has no entry {key!r}.",
+            expected=f"a mapping with the keys of data=: {list(level.declaration.data_keys)}.",
+            remedy=f"pass batches={{{level.name!r}: {{{key!r}: ...}}}}.",
+            level=level.name,
+            site=level.site,
+        )
+    return batch[key]
+
+
+def _part(level: BuiltLevel, batch: Any, name: str, fields: Sequence[str]) -> Any:
+    if isinstance(batch, Mapping):
+        return _entry(level, batch, name)
+    if not isinstance(batch, list | tuple) or len(batch) != len(fields):
+        size = f"{len(batch)} parts" if isinstance(batch, list | tuple) else "no parts"
+        raise DataError(
+            f"the batch is a {type(batch).__name__} with {size}, fields= names {len(fields)}.",
+            expected=f"one part for each of {list(fields)}.",
+            remedy="name every part of the batch in fields=, in order.",
+            level=level.name,
+            site=level.site,
+        )
+    return batch[fields.index(name)]
+
+
+def count_samples(batch: Any) -> int:
+    """The first dimension of the first tensor in a batch; 1 if there is none."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, list | tuple):
+        for part in batch:
+            if isinstance(part, Tensor | list | tuple | Mapping):
+                return count_samples(part)
+    return 1
+
+
+Placer = Callable[[Any], Any]
+"""Moves a batch to the device of the run."""

@@ -1,0 +1,138 @@
+"""One hypergradient of a built program: points made from batches, then the pure sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from mlodeco.calculus.point import Point
+from mlodeco.calculus.probe import find_dependence
+from mlodeco.calculus.randomness import make_seed, preserved_randomness
+from mlodeco.calculus.sweep import Hypergradient, sweep
+from mlodeco.errors import BindingError, LossError, quoted
+from mlodeco.graph import SweepPlan
+from mlodeco.runtime.build import Build, BuiltLevel, Methods
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import items_for
+from mlodeco.runtime.modules import device_of
+
+Batches = Mapping[str, tuple[Any, ...]]
+"""For each level its micro-batches."""
+
+ContextMaker = Callable[[str], Context]
+
+
+def compute_hypergradient(
+    built: Build,
+    top: str,
+    batches: Batches,
+    make_context: ContextMaker,
+    *,
+    rank: int = 0,
+    methods: Methods | None = None,
+) -> Hypergradient:
+    """The hypergradient of ``top`` at the current parameters; changes nothing.
+
+    Args:
+        built: the program.
+        top: the level whose hypergradient is wanted.
+        batches: micro-batches for ``top`` and every level that its sweep visits.
+        make_context: a muted context for a level.
+        rank: the process, for its random numbers.
+        methods: methods in place of the program's own.
+    """
+    chosen = built.methods if methods is None else methods
+    plan = built.plan(top, chosen)
+    with preserved_randomness(), torch.enable_grad():
+        involved = [top, *(visit.level for visit in plan.visits)]
+        values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
+        points = {
+            name: _make_point(built, name, batches[name], make_context(name), values, rank)
+            for name in involved
+        }
+        for name in involved:
+            probe(built, built.levels[name], points[name], plan if name == top else None)
+        open_edges = {edge: method for edge, method in chosen.items() if method is not None}
+        return sweep(plan, points, open_edges)
+
+
+def probe_level(built: Build, name: str, batch: Any, ctx: Context, rank: int) -> None:
+    """Looks at a level's loss before its first ordinary step."""
+    level = built.levels[name]
+    if level.is_probed:
+        return
+    values = built.values(level.loss.sees)
+    with preserved_randomness(), torch.enable_grad():
+        point = _make_point(built, name, (batch,), ctx, values, rank)
+        probe(built, level, point, built.plan(name))
+
+
+def probe(built: Build, level: BuiltLevel, point: Point, plan: SweepPlan | None) -> None:
+    """Checks once what a level's loss depends on.
+
+    Args:
+        built: the program.
+        level: the level to look at.
+        point: where to evaluate it.
+        plan: its own sweep, where it is the top level of one; else None.
+
+    Raises:
+        BindingError: it depends on a level that it does not declare.
+        LossError: it depends on none of its parameters, directly or through lower levels.
+    """
+    if level.is_probed:
+        return
+    others = {
+        name: tuple(other.parameters.values())
+        for name, other in built.levels.items()
+        if name not in point.values
+    }
+    found = find_dependence(point, others)
+    if found.undeclared:
+        names = sorted(found.undeclared)
+        raise BindingError(
+            f"the loss depends on the parameters of {quoted(names)}, which it does not declare.",
+            expected="every level that a loss sees among its arguments or in reads=.",
+            remedy=f"add reads={names} to @level, or use .detach() on what comes from there.",
+            level=level.name,
+            site=level.site,
+        )
+    lowers = plan.lowers if plan is not None else built.graph.best_responses(level.name)
+    if level.name not in found.declared and not found.declared.intersection(lowers):
+        raise LossError(
+            "the loss depends on none of the level's parameters, directly or through lower levels.",
+            expected=f"a loss computed from {quoted(level.parameters)}"
+            + (f" or from {quoted(lowers)}." if lowers else "."),
+            remedy="use the level's module in the function, and neither .detach(), .item() nor "
+            "torch.no_grad() on the way to the loss.",
+            level=level.name,
+            site=level.site,
+        )
+    level.is_probed = True
+
+
+def _make_point(
+    built: Build,
+    name: str,
+    batches: tuple[Any, ...],
+    ctx: Context,
+    values: Mapping[str, Any],
+    rank: int,
+) -> Point:
+    level = built.levels[name]
+    return Point(
+        loss=level.loss,
+        values={seen: values[seen] for seen in level.loss.sees},
+        batches=tuple(items_for(level, batch, ctx) for batch in batches),
+        seed=make_seed(built.run_seed, built.tick, name, rank),
+        generators=(ctx.generator,),
+        decisions=level.decisions,
+    )
+
+
+def muted_context(built: Build, name: str, **known: Any) -> Context:
+    """A context for second-order passes."""
+    device = device_of(built.levels[name].module)
+    return Context(level=name, tick=built.tick, device=device, muted=True, **known)

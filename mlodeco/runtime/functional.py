@@ -1,0 +1,66 @@
+"""The functional entry points: for a loop of one's own, and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mlodeco.declare.records import UNSET, Unset
+from mlodeco.declare.registry import Registry
+from mlodeco.errors import RunError, did_you_mean, quoted
+from mlodeco.runtime.build import BuiltLevel, build
+from mlodeco.runtime.data import peek
+from mlodeco.runtime.engine import compute_hypergradient, muted_context
+from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.tree import fill
+
+
+def compute(
+    level: str,
+    *,
+    batches: Mapping[str, Any] | None,
+    program: Registry,
+    hypergrad: Any | Unset,
+) -> dict[str, Tensor]:
+    """What the public ``hypergradient`` computes, for a given program."""
+    built = build(program)
+    top = built.levels[built.graph.known(level)]
+    methods = None if hypergrad is UNSET else built.methods_for(hypergrad)
+    given = dict(batches or {})
+    for name in given:
+        if name not in built.levels:
+            raise RunError(
+                f"batches= has the key {name!r}, which is no level.",
+                expected=f"some of {quoted(built.levels)}.",
+                remedy=f"correct the key.{did_you_mean(name, built.levels)}",
+            )
+    plan = built.plan(level, methods)
+    involved = (level, *(visit.level for visit in plan.visits))
+    items = {name: _batches_of(built.levels[name], given) for name in involved}
+    result = compute_hypergradient(
+        built, level, items, lambda name: muted_context(built, name), methods=methods
+    )
+    warn_of_trouble(built, result.solves)
+    return fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
+
+
+def _batches_of(level: BuiltLevel, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The given batch, else the last step's, else the first of a fresh iterator."""
+    count = level.declaration.accumulate
+    if level.name in given:
+        batch = given[level.name]
+        if count == 1:
+            return (batch,)
+        if not isinstance(batch, list | tuple) or len(batch) != count:
+            raise RunError(
+                f"batches[{level.name!r}] is not a list of accumulate={count} micro-batches.",
+                remedy=f"pass a list of {count} batches for the level.",
+                level=level.name,
+                site=level.site,
+            )
+        return tuple(batch)
+    if level.last_batches is not None:
+        return level.last_batches
+    return peek(level.declaration, count)

@@ -1,0 +1,98 @@
+"""Hooks and validations bound to a program, and called at their events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlodeco.declare.binding import bind_offered
+from mlodeco.declare.records import HookDeclaration, ValidationDeclaration
+from mlodeco.declare.registry import RUN_EVENTS, Registry
+from mlodeco.errors import GraphError, did_you_mean, quoted
+from mlodeco.runtime.build import Build
+
+_OF_LEVEL = ("ctx", "optimizer", "scheduler")
+_OFFERS: Mapping[str, tuple[str, ...]] = {
+    "run_start": ("ctx",),
+    "loop_start": _OF_LEVEL,
+    "before_step": (*_OF_LEVEL, "batch"),
+    "hypergradient": (*_OF_LEVEL, "batch", "grads", "loss", "metrics"),
+    "after_backward": (*_OF_LEVEL, "batch", "grads", "loss", "metrics"),
+    "after_step": (*_OF_LEVEL, "batch", "grads", "loss", "metrics"),
+    "epoch_end": _OF_LEVEL,
+    "loop_end": _OF_LEVEL,
+    "validate": ("ctx", "metrics"),
+    "run_end": ("ctx", "history"),
+}
+
+
+@dataclass
+class _Hook:
+    declaration: HookDeclaration
+    arguments: tuple[str, ...]
+    counts: dict[str | None, int] = field(default_factory=dict)
+
+
+class Hooks:
+    """The hooks of a program by event.
+
+    Raises:
+        BindingError: a hook asks for something that its event does not offer.
+        GraphError: a hook names an unknown level.
+    """
+
+    def __init__(self, registry: Registry, built: Build) -> None:
+        self._modules = {name: level.module for name, level in built.levels.items()}
+        self._by_event: dict[str, list[_Hook]] = {}
+        for declaration in registry.hooks:
+            if declaration.level is not None and declaration.level not in built.levels:
+                raise GraphError(
+                    f"a hook names the level {declaration.level!r}, which is not known.",
+                    expected=f"one of {quoted(built.levels)}.",
+                    remedy=f"correct it.{did_you_mean(declaration.level, built.levels)}",
+                    site=str(declaration.site),
+                )
+            arguments = bind_offered(
+                declaration.function,
+                (*self._modules, *_OFFERS[declaration.event]),
+                what=f"the hook on {declaration.event!r}",
+                site=declaration.site,
+            )
+            hook = _Hook(declaration, arguments)
+            self._by_event.setdefault(declaration.event, []).append(hook)
+
+    def wants(self, event: str) -> bool:
+        """Whether anybody listens."""
+        return event in self._by_event
+
+    @property
+    def listens_to_gradients(self) -> bool:
+        """Whether some hook takes ``grads``."""
+        return any("grads" in hook.arguments for hooks in self._by_event.values() for hook in hooks)
+
+    def fire(self, event: str, level: str | None = None, **offered: Any) -> None:
+        """Calls the hooks of an event, in the order of their declaration."""
+        for hook in self._by_event.get(event, ()):
+            declaration = hook.declaration
+            if event not in RUN_EVENTS and declaration.level not in (None, level):
+                continue
+            hook.counts[level] = hook.counts.get(level, 0) + 1
+            if hook.counts[level] % declaration.every:
+                continue
+            values = {**self._modules, **offered}
+            try:
+                declaration.function(**{name: values[name] for name in hook.arguments})
+            except Exception as error:
+                error.add_note(f"raised in the hook on {event!r} ({declaration.site})")
+                raise
+
+
+def bind_validation(declaration: ValidationDeclaration, levels: Iterable[str]) -> tuple[str, ...]:
+    """The arguments that a validation function takes.
+
+    Raises:
+        BindingError: it asks for something that is not offered.
+    """
+    offered = (*levels, "ctx", *(("batch",) if declaration.data is not None else ()))
+    return bind_offered(declaration.function, offered, what="the validation", site=declaration.site)

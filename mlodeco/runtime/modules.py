@@ -1,0 +1,172 @@
+"""From what ``module=`` and ``params=`` say to real modules and the parameters a level owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from mlodeco.declare.records import LevelDeclaration
+from mlodeco.errors import GraphError, ModuleError, did_you_mean, quoted
+
+
+def materialize(
+    declarations: Mapping[str, LevelDeclaration], kept: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The module of every level; those in ``kept`` are not built again.
+
+    Raises:
+        ModuleError: something that should be a module is not one.
+        GraphError: ``module=`` names no level, or names lead in a circle.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name, declaration in declarations.items():
+        if not isinstance(declaration.module, str):
+            known = kept.get(name)
+            modules[name] = known if known is not None else _make(declaration)
+    for name in declarations:
+        modules.setdefault(name, modules[_owner(name, declarations)])
+    return {name: modules[name] for name in declarations}
+
+
+def _owner(name: str, declarations: Mapping[str, LevelDeclaration]) -> str:
+    """The level whose declaration gives the module that ``name`` shares."""
+    path = [name]
+    while isinstance(declarations[path[-1]].module, str):
+        shared = declarations[path[-1]].module
+        declaration = declarations[path[-1]]
+        if shared not in declarations or shared in path:
+            what = "no known level" if shared not in declarations else "a level that shares its own"
+            raise GraphError(
+                f"module={shared!r} names {what}.",
+                expected=f"one of {quoted(n for n in declarations if n != name)}.",
+                remedy="name a level that has a module, or give a module."
+                f"{did_you_mean(shared, declarations)}",
+                level=declaration.name,
+                site=str(declaration.site),
+            )
+        path.append(shared)
+    return path[-1]
+
+
+def _make(declaration: LevelDeclaration) -> nn.Module:
+    module = declaration.module
+    if not isinstance(module, nn.Module | Mapping):
+        module = module()
+    if isinstance(module, Mapping) and not isinstance(module, nn.Module):
+        module = _from_mapping(declaration, module)
+    if not isinstance(module, nn.Module):
+        raise _error(
+            declaration,
+            f"the factory given as module= returned {type(module).__name__}.",
+            "return an nn.Module or a mapping of names to tensors.",
+        )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise _error(
+                declaration,
+                f"the parameter {name!r} of the lazy module has no shape yet.",
+                "run the module once on a batch before the level is used.",
+            )
+    return module
+
+
+def _from_mapping(declaration: LevelDeclaration, mapping: Mapping[Any, Any]) -> nn.ParameterDict:
+    parameters = nn.ParameterDict()
+    for name, value in mapping.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise _error(
+                declaration,
+                f"module= has the key {name!r}.",
+                "name each tensor by a string without dots.",
+            )
+        if hasattr(parameters, name):
+            raise _error(
+                declaration,
+                f"module= has the key {name!r}, which is an attribute of nn.ParameterDict.",
+                f"rename it, for instance {name + '_value'!r}.",
+            )
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise _error(
+                declaration,
+                f"module= maps {name!r} to {kind}.",
+                f"give a tensor of floating point numbers: torch.tensor(...) for {name!r}.",
+            )
+        trained = value.requires_grad if isinstance(value, nn.Parameter) else True
+        parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=trained)
+    return parameters
+
+
+def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the level optimizes, by their names in its module.
+
+    Raises:
+        ModuleError: the selection is empty, frozen, or not of the module.
+    """
+    named = dict(module.named_parameters())
+    params = declaration.params
+    if params is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+    elif callable(params):
+        chosen = {name: p for name, p in named.items() if params(name)}
+    else:
+        wanted = {id(p) for p in params}
+        chosen = {name: p for name, p in named.items() if id(p) in wanted}
+        if len(chosen) < len(wanted):
+            raise _error(
+                declaration,
+                f"params= has {len(wanted) - len(chosen)} entries that are not parameters of "
+                "the level's module.",
+                f"select among its parameters: {quoted(named)}.",
+            )
+    if not chosen:
+        raise _error(
+            declaration,
+            "the level has no parameters to optimize.",
+            f"select some of {quoted(named)} by params=, or let them require gradients.",
+        )
+    stiff = [name for name, p in chosen.items() if not p.requires_grad]
+    if stiff:
+        raise _error(
+            declaration,
+            f"params= selects {quoted(stiff)}, which do not require gradients.",
+            "leave them out, or call requires_grad_() on them.",
+        )
+    return chosen
+
+
+def find_owners(
+    declarations: Mapping[str, LevelDeclaration],
+    owned: Mapping[str, Mapping[str, nn.Parameter]],
+) -> dict[int, tuple[str, str]]:
+    """For the identity of each optimized parameter, its level and its name there.
+
+    Raises:
+        ModuleError: two levels optimize the same parameter.
+    """
+    owners: dict[int, tuple[str, str]] = {}
+    for level, parameters in owned.items():
+        for name, parameter in parameters.items():
+            other = owners.setdefault(id(parameter), (level, name))
+            if other[0] != level:
+                raise _error(
+                    declarations[level],
+                    f"the parameter {name!r} is optimized by level {other[0]!r} too.",
+                    "divide the module's parameters between the levels by params=, "
+                    f"e.g. params=lambda name: name != {name!r}.",
+                )
+    return owners
+
+
+def _error(declaration: LevelDeclaration, found: str, remedy: str) -> ModuleError:
+    return ModuleError(found, remedy=remedy, level=declaration.name, site=str(declaration.site))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of the module's first parameter, the CPU if it has none."""
+    first = next(module.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")

@@ -1,0 +1,110 @@
+"""From what ``optimizer=`` and ``scheduler=`` say to real ones."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from mlodeco.errors import OptimizerError, quoted
+from mlodeco.runtime.build import BuiltLevel
+
+
+def make_optimizer(level: BuiltLevel) -> Optimizer:
+    """The level's optimizer; an instance is used as it is, a factory makes a new one.
+
+    Raises:
+        OptimizerError: there is none, it is not one, or it steps other parameters.
+    """
+    given = level.declaration.optimizer
+    if given is None:
+        raise _error(
+            level,
+            "the level has no optimizer, which a run needs.",
+            "give optimizer=functools.partial(torch.optim.SGD, lr=0.1).",
+        )
+    if isinstance(given, Optimizer):
+        optimizer = given
+    elif callable(given):
+        made = (
+            given(module=level.module)
+            if _takes_module(given)
+            else given(list(level.parameters.values()))
+        )
+        if not isinstance(made, Optimizer):
+            raise _error(
+                level,
+                f"optimizer= returned {type(made).__name__}, which is not a torch optimizer.",
+                "return a torch.optim.Optimizer from it.",
+            )
+        optimizer = made
+    else:
+        raise _error(
+            level,
+            f"optimizer={given!r} is not an optimizer.",
+            "give functools.partial(torch.optim.SGD, lr=0.1) or an optimizer.",
+        )
+    if isinstance(optimizer, LBFGS):
+        raise _error(
+            level, "LBFGS evaluates the loss several times a step.", "use SGD, Adam or the like."
+        )
+    _check_parameters(level, optimizer)
+    return optimizer
+
+
+def make_scheduler(level: BuiltLevel, optimizer: Optimizer) -> LRScheduler | None:
+    """The level's scheduler, or None.
+
+    Raises:
+        OptimizerError: it is not a scheduler that steps without a metric.
+    """
+    factory = level.declaration.scheduler
+    if factory is None:
+        return None
+    scheduler: Any = factory(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise _error(
+            level,
+            "ReduceLROnPlateau steps by a metric, and a scheduler here steps once per own "
+            "optimizer step.",
+            "step it in a hook: @on('validate').",
+        )
+    if not isinstance(scheduler, LRScheduler):
+        raise _error(
+            level,
+            f"scheduler= returned {type(scheduler).__name__}, which is not a scheduler.",
+            "return a torch.optim.lr_scheduler scheduler from it.",
+        )
+    return scheduler
+
+
+def _takes_module(factory: Any) -> bool:
+    try:
+        first = next(iter(inspect.signature(factory).parameters), None)
+    except (TypeError, ValueError):
+        return False
+    return first == "module"
+
+
+def _check_parameters(level: BuiltLevel, optimizer: Optimizer) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owned = {id(p): name for name, p in level.parameters.items()}
+    if stepped - set(owned):
+        raise _error(
+            level,
+            f"the optimizer steps {len(stepped - set(owned))} tensors that the level does not own.",
+            f"let it step the level's own parameters: {quoted(owned.values())}.",
+        )
+    missing = [name for key, name in owned.items() if key not in stepped]
+    if missing:
+        raise _error(
+            level,
+            f"the optimizer leaves out {quoted(missing)}.",
+            "give it all parameters of the level, or select fewer by params=.",
+        )
+
+
+def _error(level: BuiltLevel, found: str, remedy: str) -> OptimizerError:
+    return OptimizerError(found, remedy=remedy, level=level.name, site=level.site)

@@ -1,0 +1,417 @@
+"""The runner: ticks of a program, level by level."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+
+from mlodeco.declare.registry import Registry, current_registry
+from mlodeco.errors import RunError
+from mlodeco.graph import Schedule, Timing
+from mlodeco.runtime.build import Build, build
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.engine import compute_hypergradient, muted_context, probe_level
+from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord, as_number
+from mlodeco.runtime.hooks import Hooks
+from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.trainer import Gradients, Trainer
+from mlodeco.runtime.validation import Validation
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation of the metric that is monitored."""
+
+    tick: int
+    metric: str
+    value: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back.
+
+    Attributes:
+        history: its records.
+        best: the best validation; None if nothing is monitored.
+        stop_reason: why it ended.
+        ticks: ticks run, over all calls of ``run`` of this runner.
+    """
+
+    history: History
+    best: Best | None
+    stop_reason: str
+    ticks: int
+
+
+class Listener(Protocol):
+    """Is told what happens in a run; a display, for instance."""
+
+    def on_start(self, runner: Runner, steps: int) -> None:
+        """Before the first tick."""
+
+    def on_tick(self, tick: Tick) -> None:
+        """After each tick."""
+
+    def on_end(self, result: Result) -> None:
+        """After the last tick."""
+
+    def on_error(self) -> None:
+        """When the run is left by an exception."""
+
+
+class Runner:
+    """Steps the levels of a program in the right order.
+
+    Args:
+        program: the program; default: the current one.
+        seed: seeds torch, ``random`` and NumPy, before modules are built. Without it
+            their streams go on from where they are.
+        accelerator: an Accelerator to use; default: a new one.
+
+    Raises:
+        MlodecoError: the program cannot be run.
+    """
+
+    def __init__(
+        self,
+        program: Registry | None = None,
+        *,
+        seed: int | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        registry = program if program is not None else current_registry()
+        if registry is None:
+            raise RunError("there is no program.", remedy="pass program=, or use 'with Program()'.")
+        if seed is not None:
+            _check_seed(seed)
+            set_seed(seed)
+        self.built: Build = build(registry)
+        self.history = History()
+        self.listeners: list[Listener] = []
+        self._accelerator = _make_accelerator(accelerator)
+        device = self._accelerator.device
+        for level in self.built.levels.values():
+            level.module.to(device)
+        place = _Placer(device)
+        hooks = Hooks(registry, self.built)
+        validations = [Validation(d, self.built, place) for d in registry.validations]
+        self._trainers = {n: Trainer(level, place) for n, level in self.built.levels.items()}
+        self._hooks = hooks
+        self._validations = validations
+        self._schedule = Schedule(self.built.graph, _timings(self.built))
+        self._generators = {name: torch.Generator(device=device) for name in self._trainers}
+        self.built.run_seed = torch.initial_seed() if seed is None else seed
+        for number, generator in enumerate(self._generators.values()):
+            generator.manual_seed((self.built.run_seed + number) % 2**63)
+        self.tick = 0
+        self._best: Best | None = None
+        self._stop_reason: str | None = None
+        self._steps: list[StepRecord] = []
+        self._validated_at = 0
+
+    def __iter__(self) -> Iterator[Tick]:
+        """Ticks without end, until something stops the run."""
+        while self._stop_reason is None:
+            yield self.step()
+
+    def run(self, steps: int) -> Result:
+        """Runs ``steps`` ticks more, or until something stops the run.
+
+        Raises:
+            RunError: ``steps`` is not a positive integer.
+        """
+        check_steps(steps)
+        self._stop_reason = None
+        result: Result | None = None
+        try:
+            for listener in self.listeners:
+                listener.on_start(self, steps)
+            self._fire_run("run_start")
+            last = self.tick + steps
+            while self.tick < last and self._stop_reason is None:
+                self.step()
+            if self._validated_at < self.tick:
+                final = Tick(self.tick, (), tuple(self._validate(final=True)))
+                self._record(final)
+            result = Result(
+                self.history,
+                self._best,
+                self._stop_reason or f"all {steps} steps were run",
+                self.tick,
+            )
+            self._fire_run("run_end", history=self.history)
+        finally:
+            if result is None:
+                for listener in self.listeners:
+                    listener.on_error()
+        for listener in self.listeners:
+            listener.on_end(result)
+        return result
+
+    def step(self) -> Tick:
+        """One tick: levels without lower levels step, then those whose turn has come.
+
+        If a user's function raises, the level that was at it is as before its step.
+        """
+        self._steps = []
+        self.built.tick = self.tick + 1
+        graph = self.built.graph
+        leaves = [name for name in graph.levels if not graph.lower[name]]
+        uppers = [name for name in graph.order if graph.lower[name]]
+        stepped = [name for name in leaves if self._take_turn(name)]
+        stepped += [name for name in uppers if self._take_turn(name)]
+        self._roll_back_below(stepped)
+        self.tick += 1
+        tick = Tick(self.tick, tuple(self._steps), tuple(self._validate()))
+        self._record(tick)
+        return tick
+
+    def _record(self, tick: Tick) -> None:
+        self.history.add(tick)
+        for listener in self.listeners:
+            listener.on_tick(tick)
+
+    def _take_turn(self, name: str) -> bool:
+        if not self._schedule.is_due(name):
+            return False
+        for _ in range(self.built.levels[name].declaration.repeat):
+            self._take_step(name)
+        self._schedule.finish_turn(name)
+        return True
+
+    def _take_step(self, name: str) -> None:
+        trainer = self._trainers[name]
+        starts_loop = self._schedule.is_loop_start(name)
+        ctx = self._context(name)
+        if starts_loop:
+            self._fire("loop_start", name, ctx)
+        with trainer.undone_on_error(), _located(trainer, self.built.tick):
+            if starts_loop:
+                trainer.begin_loop()
+            batches, ended = trainer.draw()
+            trainer.begin_step()
+            self._fire("before_step", name, ctx, batch=batches[-1])
+            found = self._differentiate(name, batches, ctx)
+            extras = self._extras(trainer, found, batches)
+            self._fire("after_backward", name, ctx, **extras)
+            norm = trainer.clip()
+        rate = trainer.learning_rate
+        trainer.apply()
+        trainer.level.last_batches = batches
+        self._schedule.finish_step(name)
+        record = StepRecord(
+            tick=self.built.tick,
+            level=name,
+            step=self._schedule.steps[name],
+            loss=found.loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            metrics={key: as_number(value) for key, value in extras["metrics"].items()},
+            solves=tuple(
+                (
+                    s.level,
+                    type(s.method).__name__,
+                    s.solution.steps,
+                    s.solution.residual,
+                    s.solution.status.value,
+                )
+                for s in found.solves
+            ),
+        )
+        self._steps.append(record)
+        self._finish_step_events(name, ctx, extras, ended)
+
+    def _finish_step_events(
+        self, name: str, ctx: Context, extras: dict[str, Any], ended: bool
+    ) -> None:
+        ctx.step, ctx.epoch = self._schedule.steps[name], self._trainers[name].epoch
+        self._fire("after_step", name, ctx, **extras)
+        if ended:
+            self._fire("epoch_end", name, ctx)
+        if self._schedule.is_loop_end(name):
+            self._fire("loop_end", name, ctx)
+        self._stop_reason = self._stop_reason or ctx.stop_reason
+
+    def _differentiate(self, name: str, batches: tuple[Any, ...], ctx: Context) -> Gradients:
+        """Leaves ``.grad`` at the (hyper)gradient of the level at its current parameters."""
+        trainer = self._trainers[name]
+        rank = self._accelerator.process_index
+        if not self.built.graph.lower[name]:
+            probe_level(self.built, name, batches[0], self._muted(name), rank)
+            return trainer.backward(batches, ctx)
+        known = {n: level.last_batches for n, level in self.built.levels.items()}
+        items = {n: b for n, b in known.items() if b is not None}
+        hyper = compute_hypergradient(
+            self.built, name, {**items, name: batches}, self._muted, rank=rank
+        )
+        warn_of_trouble(self.built, hyper.solves)
+        trainer.adopt(hyper.gradient, hyper.state)
+        found = Gradients(hyper.loss, hyper.metrics, hyper.solves)
+        self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches))
+        return found
+
+    def _extras(
+        self, trainer: Trainer, found: Gradients, batches: tuple[Any, ...]
+    ) -> dict[str, Any]:
+        return {
+            "batch": batches[-1],
+            "grads": trainer.gradients() if self._hooks.listens_to_gradients else {},
+            "loss": found.loss,
+            "metrics": found.metrics,
+        }
+
+    def _roll_back_below(self, stepped: list[str]) -> None:
+        graph = self.built.graph
+        for name in graph.order:
+            if not self.built.levels[name].declaration.rollback:
+                continue
+            if any(upper in stepped for upper in graph.uppers(name)):
+                self._trainers[name].roll_back(lambda name=name: self._repeat_step(name))  # type: ignore[misc]
+
+    def _repeat_step(self, name: str) -> None:
+        trainer = self._trainers[name]
+        batches = trainer.level.last_batches
+        if batches is None:
+            return
+        with trainer.undone_on_error(), _located(trainer, self.built.tick):
+            self._differentiate(name, batches, self._context(name))
+            trainer.clip()
+        trainer.apply()
+
+    def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:
+        for validation in self._validations:
+            if self.tick % validation.declaration.every and not final:
+                continue
+            ctx = self._context(None)
+            try:
+                metrics = validation.run(ctx)
+            except Exception as error:
+                error.add_note(f"raised in the validation ({validation.declaration.site})")
+                raise
+            self._validated_at = self.tick
+            if validation.judge(metrics):
+                name = validation.declaration.monitor or ""
+                self._best = Best(self.tick, name, metrics[name], metrics)
+            if validation.is_exhausted:
+                self._stop_reason = (
+                    f"{validation.declaration.monitor!r} has not improved in "
+                    f"{validation.without_best} validations"
+                )
+            self._hooks.fire("validate", ctx=ctx, metrics=metrics)
+            self._stop_reason = self._stop_reason or ctx.stop_reason
+            yield ValidationRecord(self.tick, metrics)
+
+    def _context(self, name: str | None) -> Context:
+        if name is None:
+            return Context(
+                tick=self.tick, device=self._accelerator.device, accelerator=self._accelerator
+            )
+        return Context(
+            level=name,
+            tick=self.built.tick,
+            step=self._schedule.steps[name],
+            epoch=self._trainers[name].epoch,
+            device=self._accelerator.device,
+            generator=self._generators[name],
+            accelerator=self._accelerator,
+        )
+
+    def _muted(self, name: str) -> Context:
+        return muted_context(
+            self.built,
+            name,
+            step=self._schedule.steps[name],
+            epoch=self._trainers[name].epoch,
+            accelerator=self._accelerator,
+        )
+
+    def _fire(self, event: str, name: str, ctx: Context, **offered: Any) -> None:
+        if self._hooks.wants(event):
+            trainer = self._trainers[name]
+            self._hooks.fire(
+                event,
+                name,
+                ctx=ctx,
+                optimizer=trainer.optimizer,
+                scheduler=trainer.scheduler,
+                **offered,
+            )
+
+    def _fire_run(self, event: str, **offered: Any) -> None:
+        ctx = self._context(None)
+        self._hooks.fire(event, ctx=ctx, **offered)
+        self._stop_reason = self._stop_reason or ctx.stop_reason
+
+
+class _Placer:
+    """Moves batches to a device; those already there are passed on as they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, batch: Any) -> Any:
+        return batch if self._device.type == "cpu" else send_to_device(batch, self._device)
+
+
+@contextmanager
+def _located(trainer: Trainer, tick: int) -> Iterator[None]:
+    """Adds level and tick to an exception from a user's function."""
+    try:
+        yield
+    except Exception as error:
+        level = trainer.level
+        error.add_note(f"in level {level.name!r} ({level.site}), tick {tick}")
+        raise
+
+
+def check_steps(steps: object) -> None:
+    """Refuses a number of steps that is not a positive integer.
+
+    Raises:
+        RunError: it is not.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise RunError(
+            f"steps={steps!r}.",
+            expected="a positive integer, the number of ticks.",
+            remedy="run(steps=1000), for instance.",
+        )
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise RunError(
+            f"seed={seed!r}.", expected="an integer from 0 to 2**32 - 1.", remedy="run(seed=0)."
+        )
+
+
+def _timings(built: Build) -> dict[str, Timing]:
+    return {
+        name: Timing(d.inner_steps, d.repeat, d.warmup)
+        for name, d in ((n, level.declaration) for n, level in built.levels.items())
+    }
+
+
+def _make_accelerator(given: Accelerator | None) -> Accelerator:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "this is one of several processes, which this version does not run.",
+            remedy="start the script with python, in one process.",
+        )
+    accelerator = Accelerator() if given is None else given
+    if accelerator.mixed_precision != "no":
+        raise RunError(
+            f"mixed_precision={accelerator.mixed_precision!r} is not available in this version.",
+            remedy="use an Accelerator without mixed precision; models in another dtype "
+            "run as they are.",
+        )
+    return accelerator

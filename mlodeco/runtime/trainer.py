@@ -1,0 +1,187 @@
+"""One level in a run: its optimizer, data and steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlodeco.calculus.randomness import SavedRandomness
+from mlodeco.calculus.stateless import State, require_finite
+from mlodeco.calculus.sweep import Solve
+from mlodeco.errors import NonFiniteError
+from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.optimizers import make_optimizer, make_scheduler
+
+
+@dataclass
+class Gradients:
+    """What one step's backward passes found; the gradients are in ``.grad``."""
+
+    loss: float
+    metrics: dict[str, Any]
+    solves: tuple[Solve, ...] = ()
+
+
+class Trainer:
+    """The state of one level in a run and the parts of its step."""
+
+    def __init__(self, level: BuiltLevel, place: Placer) -> None:
+        self.level = level
+        self.optimizer = make_optimizer(level)
+        self.scheduler = make_scheduler(level, self.optimizer)
+        self._feed = Feed(level.declaration)
+        self._place = place
+        self._snapshot: _Snapshot | None = None
+        self._before_last_step = SavedRandomness()
+
+    @property
+    def epoch(self) -> int:
+        """Finished passes over the data."""
+        return self._feed.epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's, in its first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def draw(self) -> tuple[tuple[Any, ...], bool]:
+        """The micro-batches of one step, and whether a pass over the data ended."""
+        drawn = [self._feed.advance() for _ in range(self.level.declaration.accumulate)]
+        return tuple(self._place(batch) for batch, _ in drawn), any(end for _, end in drawn)
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Puts buffers, random numbers and ``.grad`` back if the block raises.
+
+        Buffers of modules that belong to other levels are put back in any case: a
+        level's buffers change by its own steps alone.
+        """
+        grads = [(p, p.grad) for p in self.level.parameters.values()]
+        buffers = [(c, b, b.detach().clone()) for _, c, b in self.level.loss.buffers()]
+        randomness = SavedRandomness()
+        own = self.level.own_children
+        try:
+            yield
+        except BaseException:
+            randomness.restore()
+            for parameter, grad in grads:
+                parameter.grad = grad
+            own = frozenset()
+            raise
+        finally:
+            with torch.no_grad():
+                for child, buffer, saved in buffers:
+                    if child not in own:
+                        buffer.copy_(saved)
+
+    def backward(self, batches: tuple[Any, ...], ctx: Context) -> Gradients:
+        """The ordinary backward passes of a level without lower levels."""
+        parameters = list(self.level.parameters.values())
+        for parameter in parameters:
+            parameter.grad = None
+        share = 1.0 / len(batches)
+        total = 0.0
+        metrics: dict[str, Any] = {}
+        for batch in batches:
+            loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
+            total += share * require_finite(loss, self.level.name, self.level.site)
+            torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
+        return Gradients(total, metrics)
+
+    def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
+        """Takes a hypergradient as ``.grad``, and the own buffers of its pass."""
+        for name, parameter in self.level.parameters.items():
+            parameter.grad = gradient.get(name)
+        with torch.no_grad():
+            for key, child, buffer in self.level.loss.buffers():
+                if child in self.level.own_children:
+                    buffer.copy_(state[key])
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The present ``.grad`` by parameter name."""
+        found = {name: p.grad for name, p in self.level.parameters.items()}
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    def clip(self) -> float:
+        """Clips the gradients if the level asks for it.
+
+        Returns:
+            Their norm before.
+
+        Raises:
+            NonFiniteError: it is not finite.
+        """
+        parameters = [p for p in self.level.parameters.values() if p.grad is not None]
+        bound = self.level.declaration.clip_norm
+        grads = [p.grad for p in parameters if p.grad is not None]
+        size = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        norm = float(size)
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"the norm of the gradient is {norm}.",
+                expected="a finite number.",
+                remedy="use a smaller learning rate or clip_norm=, or look for operations "
+                "whose derivative is infinite, such as sqrt at 0.",
+                level=self.level.name,
+                site=self.level.site,
+            )
+        if bound is not None and norm > bound:
+            torch.nn.utils.clip_grads_with_norm_(parameters, bound, size)
+        return norm
+
+    def apply(self) -> None:
+        """One step of the optimizer and of the scheduler."""
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def begin_loop(self) -> None:
+        """Remembers the state at the start of an inner loop, for ``rollback``."""
+        if self.level.declaration.rollback:
+            self._snapshot = _Snapshot(self)
+
+    def begin_step(self) -> None:
+        """Remembers the random numbers before a step, for ``rollback``."""
+        if self.level.declaration.rollback:
+            self._before_last_step = SavedRandomness()
+
+    def roll_back(self, step: Callable[[], None]) -> None:
+        """Goes back to the start of the inner loop and repeats its last step as it was drawn."""
+        if self._snapshot is None:
+            return
+        self._snapshot.restore(self)
+        now = SavedRandomness()
+        self._before_last_step.restore()
+        try:
+            step()
+        finally:
+            now.restore()
+
+
+class _Snapshot:
+    """Parameters, own buffers, optimizer and scheduler of a level at one moment."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        level = trainer.level
+        own = [b for _, child, b in level.loss.buffers() if child in level.own_children]
+        self._tensors = [(t, t.detach().clone()) for t in (*level.parameters.values(), *own)]
+        self._optimizer = copy.deepcopy(trainer.optimizer.state_dict())
+        scheduler = trainer.scheduler
+        self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+
+    def restore(self, trainer: Trainer) -> None:
+        with torch.no_grad():
+            for tensor, saved in self._tensors:
+                tensor.copy_(saved)
+        trainer.optimizer.load_state_dict(self._optimizer)
+        if trainer.scheduler is not None and self._scheduler is not None:
+            trainer.scheduler.load_state_dict(self._scheduler)

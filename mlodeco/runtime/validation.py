@@ -1,0 +1,117 @@
+"""Validations: metrics in eval mode, the best of them, and when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlodeco.calculus.randomness import preserved_randomness
+from mlodeco.declare.records import ValidationDeclaration
+from mlodeco.errors import DataError, LossError, did_you_mean, quoted
+from mlodeco.runtime.build import Build
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import Placer, Where, count_samples, open_source
+from mlodeco.runtime.history import as_number
+from mlodeco.runtime.hooks import bind_validation
+
+
+class Validation:
+    """One validation function in a run."""
+
+    def __init__(self, declaration: ValidationDeclaration, built: Build, place: Placer) -> None:
+        self.declaration = declaration
+        self._modules: dict[str, nn.Module] = {n: lv.module for n, lv in built.levels.items()}
+        self._arguments = bind_validation(declaration, built.levels)
+        self._place = place
+        self._where = Where(str(declaration.site), None)
+        self._source = (
+            None if declaration.data is None else open_source(declaration.data, self._where)
+        )
+        self.best: float | None = None
+        self.without_best = 0
+
+    def run(self, ctx: Context) -> dict[str, float]:
+        """The metrics now; modes, random numbers and gradients are as before afterwards."""
+        modes = {id(c): (c, c.training) for m in self._modules.values() for c in m.modules()}
+        try:
+            for child, _ in modes.values():
+                child.training = False
+            with preserved_randomness(), torch.no_grad():
+                return self._measure(ctx)
+        finally:
+            for child, training in modes.values():
+                child.training = training
+
+    def _measure(self, ctx: Context) -> dict[str, float]:
+        if self._source is None:
+            return self._call({"ctx": ctx})
+        sums: dict[str, float] = {}
+        samples = 0
+        for raw in self._source:
+            batch = self._place(raw)
+            size = count_samples(batch)
+            samples += size
+            for name, value in self._call({"ctx": ctx, "batch": batch}).items():
+                sums[name] = sums.get(name, 0.0) + size * value
+        if not samples:
+            raise self._where.error(
+                "the validation data are empty.", "give at least one batch as data=."
+            )
+        return {name: value / samples for name, value in sums.items()}
+
+    def _call(self, offered: Mapping[str, Any]) -> dict[str, float]:
+        values = {**self._modules, **offered}
+        found = self.declaration.function(**{name: values[name] for name in self._arguments})
+        site = str(self.declaration.site)
+        if not isinstance(found, Mapping):
+            raise LossError(
+                f"the validation returned {type(found).__name__}.",
+                expected="a dictionary of metrics.",
+                remedy="return {'accuracy': value}.",
+                site=site,
+            )
+        metrics: dict[str, float] = {}
+        for name, value in found.items():
+            number = as_number(value)
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise LossError(
+                    f"the validation's metric {name!r} is a {type(value).__name__}.",
+                    expected="a number.",
+                    remedy="return numbers or tensors of one element.",
+                    site=site,
+                )
+            metrics[str(name)] = float(number)
+        return metrics
+
+    def judge(self, metrics: Mapping[str, float]) -> bool:
+        """Whether these metrics are the best so far; counts the validations without a best.
+
+        Raises:
+            DataError: the monitored metric is not among them.
+        """
+        name = self.declaration.monitor
+        if name is None:
+            return False
+        if name not in metrics:
+            raise DataError(
+                f"monitor={name!r} is not among the metrics.",
+                expected=f"one of {quoted(metrics)}.",
+                remedy=f"return it, or correct monitor=.{did_you_mean(name, metrics)}",
+                site=str(self.declaration.site),
+            )
+        value = metrics[name]
+        sign = 1.0 if self.declaration.mode == "min" else -1.0
+        if self.best is None or sign * value < sign * self.best:
+            self.best, self.without_best = value, 0
+            return True
+        self.without_best += 1
+        return False
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the patience has run out."""
+        patience = self.declaration.patience
+        return patience is not None and self.without_best >= patience

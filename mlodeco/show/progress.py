@@ -1,0 +1,170 @@
+"""A run's progress: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mlodeco.errors import RunError, did_you_mean, quoted
+from mlodeco.runtime import Listener, Result, Runner, StepRecord, Tick, ValidationRecord
+
+FORMS = ("auto", "live", "plain", "off")
+"""What ``progress=`` may be."""
+
+_PLAIN_LINES = 10
+_SMOOTHING = 0.9
+
+
+def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
+    """The display for ``progress=``; ``auto`` is live on a terminal and in notebooks.
+
+    Raises:
+        RunError: ``form`` is not one of :data:`FORMS`.
+    """
+    if form not in FORMS:
+        raise RunError(
+            f"progress={form!r}.",
+            expected=f"one of {quoted(FORMS)}.",
+            remedy=f"choose one of them.{did_you_mean(str(form), FORMS)}",
+        )
+    if form == "off":
+        return None
+    console = Console(file=stream or sys.stderr)
+    is_live = form == "live" or (form == "auto" and (console.is_terminal or console.is_jupyter))
+    return LiveDisplay(console) if is_live else PlainDisplay(stream or sys.stderr)
+
+
+class _Latest:
+    """The newest record of each level, with its loss smoothed."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, StepRecord] = {}
+        self.losses: dict[str, float] = {}
+        self.validation: ValidationRecord | None = None
+
+    def update(self, tick: Tick) -> None:
+        for record in tick.steps:
+            old = self.losses.get(record.level, record.loss)
+            self.losses[record.level] = _SMOOTHING * old + (1 - _SMOOTHING) * record.loss
+            self.records[record.level] = record
+        if tick.validations:
+            self.validation = tick.validations[-1]
+
+    def metrics(self) -> str:
+        if self.validation is None:
+            return ""
+        return "  ".join(f"{key} {value:.4g}" for key, value in self.validation.metrics.items())
+
+
+class PlainDisplay:
+    """About ten lines a run, and one at its end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._latest = _Latest()
+        self._every = 1
+        self._first = 0
+        self._steps = 0
+        self._started = 0.0
+
+    def on_start(self, runner: Runner, steps: int) -> None:
+        """Notes the start."""
+        self._first, self._steps = runner.tick, steps
+        self._every = max(1, steps // _PLAIN_LINES)
+        self._started = time.monotonic()
+
+    def on_tick(self, tick: Tick) -> None:
+        """Prints a line at every tenth of the run."""
+        self._latest.update(tick)
+        done = tick.tick - self._first
+        if tick.steps and (done % self._every == 0 or done == self._steps):
+            losses = "  ".join(f"{k} {v:.4g}" for k, v in self._latest.losses.items())
+            metrics = self._latest.metrics()
+            tail = f"  |  {metrics}" if metrics else ""
+            self._print(f"step {done}/{self._steps}  {losses}{tail}")
+
+    def on_end(self, result: Result) -> None:
+        """Says why the run ended."""
+        seconds = time.monotonic() - self._started
+        self._print(f"{result.stop_reason}, {seconds:.1f} s")
+
+    def on_error(self) -> None:
+        """Nothing is open."""
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class LiveDisplay:
+    """A bar with the time left, and a row a level."""
+
+    def __init__(self, console: Console) -> None:
+        self._latest = _Latest()
+        self._bar = Progress(
+            TextColumn("[bold]step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("run")
+        self._live = Live(
+            console=console,
+            refresh_per_second=4,
+            get_renderable=self._render,
+            vertical_overflow="visible",
+        )
+        self._first = 0
+
+    def on_start(self, runner: Runner, steps: int) -> None:
+        """Opens the display."""
+        self._first = runner.tick
+        self._bar.reset(self._task, total=steps)
+        self._live.start()
+
+    def on_tick(self, tick: Tick) -> None:
+        """Keeps the newest records; they are drawn four times a second."""
+        self._latest.update(tick)
+        self._bar.update(self._task, completed=tick.tick - self._first)
+
+    def on_end(self, result: Result) -> None:
+        """Draws the last state and says why the run ended."""
+        self._live.stop()
+        self._live.console.print(result.stop_reason)
+
+    def on_error(self) -> None:
+        """Closes the display, so that the traceback stands below it."""
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False)
+        for title in ("level", "step", "loss", "gradient", "rate", "solve"):
+            table.add_column(title, justify="left" if title == "level" else "right")
+        for name, record in self._latest.records.items():
+            table.add_row(*_cells(name, record, self._latest.losses[name]))
+        parts: list[Any] = [self._bar, table]
+        if self._latest.validation is not None:
+            parts.append(f"validation at {self._latest.validation.tick}: {self._latest.metrics()}")
+        return Group(*parts)
+
+
+def _cells(name: str, record: StepRecord, loss: float) -> tuple[str, ...]:
+    solve = ""
+    if record.solves:
+        _, method, steps, residual, _ = record.solves[-1]
+        size = "" if residual is None else f" {residual:.1e}"
+        solve = f"{method} {steps}{size}"
+    return (
+        name,
+        str(record.step),
+        f"{loss:.4g}",
+        f"{record.grad_norm:.2e}",
+        f"{record.learning_rate:.2g}",
+        solve,
+    )

@@ -1,0 +1,91 @@
+"""Arithmetic on trees: ``dict[str, Tensor]`` with one entry a parameter.
+
+A key that is missing stands for zero where two trees are added or multiplied.
+No function writes to its arguments. Multi-tensor kernels do the work: one call
+an operation, not one a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
+    """``factor * tree``."""
+    if not tree or factor == 1.0:
+        return dict(tree)
+    return dict(zip(tree, torch._foreach_mul(list(tree.values()), factor), strict=True))
+
+
+def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float = 1.0) -> Tree:
+    """``left + factor * right``, over the union of the keys."""
+    both = [key for key in left if key in right]
+    result = dict(left)
+    if both:
+        summed = torch._foreach_add(
+            [left[key] for key in both], [right[key] for key in both], alpha=factor
+        )
+        result.update(zip(both, summed, strict=True))
+    rest = {key: value for key, value in right.items() if key not in left}
+    result.update(rest if factor == 1.0 else scale(rest, factor))
+    return result
+
+
+def total(trees: Iterable[Mapping[str, Tensor]]) -> Tree:
+    """The sum of the trees."""
+    result: Tree = {}
+    for tree in trees:
+        result = add(result, tree)
+    return result
+
+
+def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """The inner product over the common keys."""
+    pairs = [(left[key], right[key]) for key in left if key in right]
+    if not pairs:
+        return 0.0
+    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]
+    return float(torch.stack(parts).sum())
+
+
+def norm(tree: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of all the entries together."""
+    if not tree:
+        return 0.0
+    parts = torch._foreach_norm(list(tree.values()))
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
+
+
+def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
+    """Zeros of the same keys, shapes and dtypes."""
+    return {key: torch.zeros_like(value) for key, value in tree.items()}
+
+
+def fill(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tree:
+    """``tree`` with zeros for the keys of ``like`` that it lacks, in the order of ``like``."""
+    return {key: tree[key] if key in tree else torch.zeros_like(like[key]) for key in like}
+
+
+def restrict(tree: Mapping[str, Tensor], keys: Iterable[str]) -> Tree:
+    """The entries of ``tree`` under those ``keys`` that it has."""
+    return {key: tree[key] for key in keys if key in tree}
+
+
+def flatten(tree: Mapping[str, Tensor]) -> Tensor:
+    """One vector of all the entries, in the order of the keys."""
+    return torch.cat([value.reshape(-1) for value in tree.values()])
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
+    """The tree shaped like ``like`` that :func:`flatten` turns into ``vector``."""
+    sizes = [value.numel() for value in like.values()]
+    parts = vector.split(sizes)
+    return {
+        key: part.reshape(value.shape)
+        for (key, value), part in zip(like.items(), parts, strict=True)
+    }
