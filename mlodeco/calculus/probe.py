@@ -10,6 +10,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from mlodeco.calculus.autograd_graph import walk_graph
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.calculus.stateless import live
@@ -56,19 +57,8 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[torch.Tensor
 
 
 def _leaves(root: Any) -> set[int]:
-    found: set[int] = set()
-    seen: set[Any] = set()
-    stack = [root] if root is not None else []
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return found
+    variables = (getattr(node, "variable", None) for node in walk_graph([root]))
+    return {id(variable) for variable in variables if variable is not None}
 
 
 class _KeepsToItsTask(TorchFunctionMode):

@@ -60,7 +60,8 @@ def resolve(
             level=level,
             site=site,
         )
-    return _from_object(type(spec).__name__, spec, level, site)
+    name = getattr(spec, "__name__", type(spec).__name__)
+    return _from_object(name, spec, level, site)
 
 
 def _from_object(name: str, value: Any, level: str | None, site: str | None) -> Method:
@@ -80,7 +81,7 @@ def _from_object(name: str, value: Any, level: str | None, site: str | None) -> 
     if hasattr(value, "solve"):
         return Custom(name=name, solver=value.solve)
     if callable(value):
-        return Custom(name=getattr(value, "__name__", name), solver=value)
+        return Custom(name=name, solver=value)
     raise MethodError(
         f"hypergrad={value!r} is not a method.",
         expected="a name, a method object such as Neumann(num_terms=10), a function "

@@ -60,6 +60,22 @@ class Context:
         if not self._muted:
             self.stop_reason = reason
 
+    def with_own_generator(self) -> Context:
+        """The same moment, with a generator that a pass may seed."""
+        return Context(
+            level=self.level,
+            tick=self.tick,
+            step=self.step,
+            epoch=self.epoch,
+            device=self.device,
+            accelerator=self.accelerator,
+        )
+
+    def adopt(self, other: Context) -> None:
+        """Takes over what a function told another context."""
+        self.logged.update(other.logged)
+        self.stop_reason = self.stop_reason or other.stop_reason
+
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, along the first dimension."""
         if self.accelerator is None:

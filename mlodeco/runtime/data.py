@@ -67,7 +67,10 @@ def open_source(data: Any, where: Where) -> Iterable[Any]:
     Raises:
         DataError: it cannot be iterated over more than once, or is one batch and not several.
     """
-    source = data() if callable(data) and not isinstance(data, Iterable) else data
+    is_factory = callable(data) and not isinstance(data, Iterable)
+    source = data() if is_factory else data
+    if is_factory and isinstance(source, Iterator):
+        return _Remade(data)
     if isinstance(source, Tensor) or (
         isinstance(source, tuple) and source and all(isinstance(part, Tensor) for part in source)
     ):
@@ -87,6 +90,16 @@ def open_source(data: Any, where: Where) -> Iterable[Any]:
         )
     iterable: Iterable[Any] = source
     return iterable
+
+
+class _Remade:
+    """An iterable whose passes each ask a factory for a new iterator."""
+
+    def __init__(self, factory: Callable[[], Iterator[Any]]) -> None:
+        self._factory = factory
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._factory()
 
 
 class Feed:
@@ -126,13 +139,14 @@ class Feed:
 
 def peek(declaration: LevelDeclaration, count: int) -> tuple[Any, ...]:
     """The first ``count`` batches of fresh iterators; loaders and random numbers are restored."""
-    with preserved_randomness(), _preserved_generators(declaration.data):
+    with preserved_randomness(), preserved_generators(declaration.data):
         feed = Feed(declaration)
         return tuple(feed.advance()[0] for _ in range(count))
 
 
 @contextmanager
-def _preserved_generators(data: Any) -> Iterator[None]:
+def preserved_generators(data: Any) -> Iterator[None]:
+    """Restores the generators of loaders, and of their samplers, on leaving."""
     found: list[tuple[torch.Generator, Tensor]] = []
     pending = [data]
     while pending:
@@ -213,15 +227,18 @@ def _part(level: BuiltLevel, batch: Any, name: str, fields: Sequence[str]) -> An
 
 def count_samples(batch: Any) -> int:
     """The first dimension of the first tensor in a batch; 1 if there is none."""
+    first = _first_tensor(batch)
+    return first.shape[0] if first is not None and first.dim() else 1
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, list | tuple):
-        for part in batch:
-            if isinstance(part, Tensor | list | tuple | Mapping):
-                return count_samples(part)
-    return 1
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, Mapping | list | tuple):
+        return None
+    found = (_first_tensor(part) for part in parts)
+    return next((tensor for tensor in found if tensor is not None), None)
 
 
 Placer = Callable[[Any], Any]

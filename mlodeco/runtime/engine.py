@@ -12,7 +12,6 @@ from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.randomness import make_seed, preserved_randomness
 from mlodeco.calculus.sweep import Hypergradient, sweep
 from mlodeco.errors import BindingError, LossError, quoted
-from mlodeco.graph import SweepPlan
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
@@ -48,12 +47,14 @@ def compute_hypergradient(
     with preserved_randomness(), torch.enable_grad():
         involved = [top, *(visit.level for visit in plan.visits)]
         values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
+        contexts = {name: make_context(name) for name in involved}
+        draw = (rank, top, contexts[top].step)
         points = {
-            name: _make_point(built, name, batches[name], make_context(name), values, rank)
+            name: _make_point(built, name, batches[name], contexts[name], values, draw)
             for name in involved
         }
         for name in involved:
-            probe(built, built.levels[name], points[name], plan if name == top else None)
+            probe(built, built.levels[name], points[name])
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         return sweep(plan, points, open_edges)
 
@@ -65,18 +66,17 @@ def probe_level(built: Build, name: str, batch: Any, ctx: Context, rank: int) ->
         return
     values = built.values(level.loss.sees)
     with preserved_randomness(), torch.enable_grad():
-        point = _make_point(built, name, (batch,), ctx, values, rank)
-        probe(built, level, point, built.plan(name))
+        point = _make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step))
+        probe(built, level, point)
 
 
-def probe(built: Build, level: BuiltLevel, point: Point, plan: SweepPlan | None) -> None:
+def probe(built: Build, level: BuiltLevel, point: Point) -> None:
     """Checks once what a level's loss depends on.
 
     Args:
         built: the program.
         level: the level to look at.
         point: where to evaluate it.
-        plan: its own sweep, where it is the top level of one; else None.
 
     Raises:
         BindingError: it depends on a level that it does not declare.
@@ -99,7 +99,7 @@ def probe(built: Build, level: BuiltLevel, point: Point, plan: SweepPlan | None)
             level=level.name,
             site=level.site,
         )
-    lowers = plan.lowers if plan is not None else built.graph.best_responses(level.name)
+    lowers = built.plan(level.name).lowers
     if level.name not in found.declared and not found.declared.intersection(lowers):
         raise LossError(
             "the loss depends on none of the level's parameters, directly or through lower levels.",
@@ -119,14 +119,14 @@ def _make_point(
     batches: tuple[Any, ...],
     ctx: Context,
     values: Mapping[str, Any],
-    rank: int,
+    draw: tuple[int, str, int],
 ) -> Point:
     level = built.levels[name]
     return Point(
         loss=level.loss,
         values={seen: values[seen] for seen in level.loss.sees},
         batches=tuple(items_for(level, batch, ctx) for batch in batches),
-        seed=make_seed(built.run_seed, built.tick, name, rank),
+        seed=make_seed(built.run_seed, built.tick, name, *draw),
         generators=(ctx.generator,),
         decisions=level.decisions,
     )

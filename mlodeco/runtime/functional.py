@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlodeco.declare.records import UNSET, Unset
@@ -43,7 +44,9 @@ def compute(
         built, level, items, lambda name: muted_context(built, name), methods=methods
     )
     warn_of_trouble(built, result.solves)
-    return fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
+    filled = fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
+    # copies: autograd may give one tensor for two parameters, or an expanded one
+    return {key: torch.empty_like(value).copy_(value) for key, value in filled.items()}
 
 
 def _batches_of(level: BuiltLevel, given: Mapping[str, Any]) -> tuple[Any, ...]:

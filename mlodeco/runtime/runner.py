@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,7 +116,6 @@ class Runner:
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
-        self._validated_at = 0
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -131,7 +130,6 @@ class Runner:
         """
         check_steps(steps)
         self._stop_reason = None
-        result: Result | None = None
         try:
             for listener in self.listeners:
                 listener.on_start(self, steps)
@@ -139,9 +137,9 @@ class Runner:
             last = self.tick + steps
             while self.tick < last and self._stop_reason is None:
                 self.step()
-            if self._validated_at < self.tick:
-                final = Tick(self.tick, (), tuple(self._validate(final=True)))
-                self._record(final)
+            final = tuple(self._validate(final=True))
+            if final:
+                self._record(Tick(self.tick, (), final))
             result = Result(
                 self.history,
                 self._best,
@@ -149,10 +147,10 @@ class Runner:
                 self.tick,
             )
             self._fire_run("run_end", history=self.history)
-        finally:
-            if result is None:
-                for listener in self.listeners:
-                    listener.on_error()
+        except BaseException:
+            for listener in self.listeners:
+                listener.on_error()
+            raise
         for listener in self.listeners:
             listener.on_end(result)
         return result
@@ -198,10 +196,11 @@ class Runner:
             if starts_loop:
                 trainer.begin_loop()
             batches, ended = trainer.draw()
-            trainer.begin_step()
+            ctx.epoch = trainer.epoch
+            trainer.begin_step(ctx.generator)
             self._fire("before_step", name, ctx, batch=batches[-1])
             found = self._differentiate(name, batches, ctx)
-            extras = self._extras(trainer, found, batches)
+            extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
             norm = trainer.clip()
         rate = trainer.learning_rate
@@ -215,7 +214,7 @@ class Runner:
             loss=found.loss,
             grad_norm=norm,
             learning_rate=rate,
-            metrics={key: as_number(value) for key, value in extras["metrics"].items()},
+            metrics=_numbers(found.metrics),
             solves=tuple(
                 (
                     s.level,
@@ -229,6 +228,7 @@ class Runner:
         )
         self._steps.append(record)
         self._finish_step_events(name, ctx, extras, ended)
+        record.metrics.update(_numbers(ctx.logged))
 
     def _finish_step_events(
         self, name: str, ctx: Context, extras: dict[str, Any], ended: bool
@@ -250,23 +250,29 @@ class Runner:
             return trainer.backward(batches, ctx)
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
+        own = ctx.with_own_generator()
         hyper = compute_hypergradient(
-            self.built, name, {**items, name: batches}, self._muted, rank=rank
+            self.built,
+            name,
+            {**items, name: batches},
+            lambda n: own if n == name else self._muted(n),
+            rank=rank,
         )
+        ctx.adopt(own)
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
         found = Gradients(hyper.loss, hyper.metrics, hyper.solves)
-        self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches))
+        self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches, ctx))
         return found
 
     def _extras(
-        self, trainer: Trainer, found: Gradients, batches: tuple[Any, ...]
+        self, trainer: Trainer, found: Gradients, batches: tuple[Any, ...], ctx: Context
     ) -> dict[str, Any]:
         return {
             "batch": batches[-1],
             "grads": trainer.gradients() if self._hooks.listens_to_gradients else {},
             "loss": found.loss,
-            "metrics": found.metrics,
+            "metrics": {**found.metrics, **ctx.logged},
         }
 
     def _roll_back_below(self, stepped: list[str]) -> None:
@@ -275,21 +281,30 @@ class Runner:
             if not self.built.levels[name].declaration.rollback:
                 continue
             if any(upper in stepped for upper in graph.uppers(name)):
-                self._trainers[name].roll_back(lambda name=name: self._repeat_step(name))  # type: ignore[misc]
+                self._trainers[name].roll_back(
+                    self._generators[name],
+                    lambda name=name: self._repeat_step(name),  # type: ignore[misc]
+                )
 
     def _repeat_step(self, name: str) -> None:
         trainer = self._trainers[name]
         batches = trainer.level.last_batches
         if batches is None:
             return
+        ctx = self._context(name)
+        ctx.step -= 1
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
-            self._differentiate(name, batches, self._context(name))
+            found = self._differentiate(name, batches, ctx)
+            extras = self._extras(trainer, found, batches, ctx)
+            self._fire("after_backward", name, ctx, **extras)
             trainer.clip()
         trainer.apply()
+        self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:
         for validation in self._validations:
-            if self.tick % validation.declaration.every and not final:
+            is_due = final or self.tick % validation.declaration.every == 0
+            if not is_due or validation.last_tick == self.tick:
                 continue
             ctx = self._context(None)
             try:
@@ -297,7 +312,7 @@ class Runner:
             except Exception as error:
                 error.add_note(f"raised in the validation ({validation.declaration.site})")
                 raise
-            self._validated_at = self.tick
+            validation.last_tick = self.tick
             if validation.judge(metrics):
                 name = validation.declaration.monitor or ""
                 self._best = Best(self.tick, name, metrics[name], metrics)
@@ -371,6 +386,10 @@ def _located(trainer: Trainer, tick: int) -> Iterator[None]:
         level = trainer.level
         error.add_note(f"in level {level.name!r} ({level.site}), tick {tick}")
         raise
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: as_number(value) for key, value in metrics.items()}
 
 
 def check_steps(steps: object) -> None:

@@ -42,6 +42,7 @@ class Trainer:
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
+        self._generator_before = torch.Generator().get_state()
 
     @property
     def epoch(self) -> int:
@@ -66,22 +67,18 @@ class Trainer:
         level's buffers change by its own steps alone.
         """
         grads = [(p, p.grad) for p in self.level.parameters.values()]
-        buffers = [(c, b, b.detach().clone()) for _, c, b in self.level.loss.buffers()]
+        own, foreign = _SavedBuffers(self.level, own=True), _SavedBuffers(self.level, own=False)
         randomness = SavedRandomness()
-        own = self.level.own_children
         try:
             yield
         except BaseException:
             randomness.restore()
+            own.restore()
             for parameter, grad in grads:
                 parameter.grad = grad
-            own = frozenset()
             raise
         finally:
-            with torch.no_grad():
-                for child, buffer, saved in buffers:
-                    if child not in own:
-                        buffer.copy_(saved)
+            foreign.restore()
 
     def backward(self, batches: tuple[Any, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels."""
@@ -99,9 +96,11 @@ class Trainer:
 
     def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
         """Takes a hypergradient as ``.grad``, and the own buffers of its pass."""
-        for name, parameter in self.level.parameters.items():
-            parameter.grad = gradient.get(name)
         with torch.no_grad():
+            for name, parameter in self.level.parameters.items():
+                found = gradient.get(name)
+                # a copy: autograd may give one tensor for two parameters, or an expanded one
+                parameter.grad = None if found is None else torch.empty_like(parameter).copy_(found)
             for key, child, buffer in self.level.loss.buffers():
                 if child in self.level.own_children:
                     buffer.copy_(state[key])
@@ -149,22 +148,44 @@ class Trainer:
         if self.level.declaration.rollback:
             self._snapshot = _Snapshot(self)
 
-    def begin_step(self) -> None:
+    def begin_step(self, generator: torch.Generator) -> None:
         """Remembers the random numbers before a step, for ``rollback``."""
         if self.level.declaration.rollback:
             self._before_last_step = SavedRandomness()
+            self._generator_before = generator.get_state()
 
-    def roll_back(self, step: Callable[[], None]) -> None:
+    def roll_back(self, generator: torch.Generator, step: Callable[[], None]) -> None:
         """Goes back to the start of the inner loop and repeats its last step as it was drawn."""
         if self._snapshot is None:
             return
         self._snapshot.restore(self)
-        now = SavedRandomness()
+        now, generator_now = SavedRandomness(), generator.get_state()
         self._before_last_step.restore()
+        generator.set_state(self._generator_before)
         try:
             step()
         finally:
             now.restore()
+            generator.set_state(generator_now)
+
+
+class _SavedBuffers:
+    """The buffers that a level's loss sees, its own or those of other levels' modules."""
+
+    def __init__(self, level: BuiltLevel, *, own: bool) -> None:
+        self._saved = [
+            (child, name, buffer, buffer.detach().clone())
+            for child in level.loss.module.modules()
+            if (id(child) in level.own_children) == own
+            for name, buffer in child._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Puts back values, and the tensors themselves where a module assigned new ones."""
+        with torch.no_grad():
+            for child, name, buffer, value in self._saved:
+                child._buffers[name] = buffer.copy_(value)
 
 
 class _Snapshot:
@@ -172,16 +193,17 @@ class _Snapshot:
 
     def __init__(self, trainer: Trainer) -> None:
         level = trainer.level
-        own = [b for _, child, b in level.loss.buffers() if child in level.own_children]
-        self._tensors = [(t, t.detach().clone()) for t in (*level.parameters.values(), *own)]
+        self._parameters = [(p, p.detach().clone()) for p in level.parameters.values()]
+        self._buffers = _SavedBuffers(level, own=True)
         self._optimizer = copy.deepcopy(trainer.optimizer.state_dict())
         scheduler = trainer.scheduler
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
 
     def restore(self, trainer: Trainer) -> None:
         with torch.no_grad():
-            for tensor, saved in self._tensors:
-                tensor.copy_(saved)
+            for parameter, saved in self._parameters:
+                parameter.copy_(saved)
+        self._buffers.restore()
         trainer.optimizer.load_state_dict(self._optimizer)
         if trainer.scheduler is not None and self._scheduler is not None:
             trainer.scheduler.load_state_dict(self._scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlodeco.declare.records import ValidationDeclaration
 from mlodeco.errors import DataError, LossError, did_you_mean, quoted
 from mlodeco.runtime.build import Build
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import Placer, Where, count_samples, open_source
+from mlodeco.runtime.data import Placer, Where, count_samples, open_source, preserved_generators
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.hooks import bind_validation
 
@@ -30,6 +31,7 @@ class Validation:
         self._source = (
             None if declaration.data is None else open_source(declaration.data, self._where)
         )
+        self.last_tick = 0
         self.best: float | None = None
         self.without_best = 0
 
@@ -39,7 +41,8 @@ class Validation:
         try:
             for child, _ in modes.values():
                 child.training = False
-            with preserved_randomness(), torch.no_grad():
+            generators = preserved_generators(self.declaration.data)
+            with preserved_randomness(), generators, torch.no_grad():
                 return self._measure(ctx)
         finally:
             for child, training in modes.values():
@@ -104,7 +107,7 @@ class Validation:
             )
         value = metrics[name]
         sign = 1.0 if self.declaration.mode == "min" else -1.0
-        if self.best is None or sign * value < sign * self.best:
+        if not math.isnan(value) and (self.best is None or sign * value < sign * self.best):
             self.best, self.without_best = value, 0
             return True
         self.without_best += 1

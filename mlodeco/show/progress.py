@@ -76,7 +76,7 @@ class PlainDisplay:
     def on_start(self, runner: Runner, steps: int) -> None:
         """Notes the start."""
         self._first, self._steps = runner.tick, steps
-        self._every = max(1, steps // _PLAIN_LINES)
+        self._every = -(-steps // _PLAIN_LINES)
         self._started = time.monotonic()
 
     def on_tick(self, tick: Tick) -> None:
@@ -88,6 +88,8 @@ class PlainDisplay:
             metrics = self._latest.metrics()
             tail = f"  |  {metrics}" if metrics else ""
             self._print(f"step {done}/{self._steps}  {losses}{tail}")
+        elif tick.validations and not tick.steps:
+            self._print(f"validation at the end  |  {self._latest.metrics()}")
 
     def on_end(self, result: Result) -> None:
         """Says why the run ended."""
@@ -118,6 +120,8 @@ class LiveDisplay:
             console=console,
             refresh_per_second=4,
             get_renderable=self._render,
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
             vertical_overflow="visible",
         )
         self._first = 0
@@ -146,7 +150,7 @@ class LiveDisplay:
         table = Table(box=None, pad_edge=False)
         for title in ("level", "step", "loss", "gradient", "rate", "solve"):
             table.add_column(title, justify="left" if title == "level" else "right")
-        for name, record in self._latest.records.items():
+        for name, record in list(self._latest.records.items()):
             table.add_row(*_cells(name, record, self._latest.losses[name]))
         parts: list[Any] = [self._bar, table]
         if self._latest.validation is not None:

@@ -35,9 +35,11 @@ class Automatic:
 
     def touched(self) -> tuple[str, ...]:
         """The own parameters that the loss depends on."""
-        if self._decisions.hessian == "difference":
-            return self._difference.touched()
-        return self._reverse.touched()
+        modes: dict[str, Callable[[], tuple[str, ...]]] = {
+            "reverse": lambda: self._reverse.touched(),
+            "difference": lambda: self._difference.touched(),
+        }
+        return self._hessian_by(modes)
 
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         """``reverse``, else ``difference``."""
@@ -45,11 +47,7 @@ class Automatic:
             "reverse": lambda: self._reverse.hvp(v),
             "difference": lambda: self._difference.hvp(v),
         }
-        start = self._decisions.hessian or "reverse"
-        used, result = self._first_that_runs(modes, start)
-        if used != start:
-            self._decisions.hessian = used
-        return result
+        return self._hessian_by(modes)
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """``reverse_over_forward`` where lambda enters late, else ``reverse``, ``difference``."""
@@ -62,6 +60,13 @@ class Automatic:
         used, result = self._first_that_runs(modes, start)
         if used != start:
             self._decisions.cross[self._problem.targets] = used
+        return result
+
+    def _hessian_by(self, modes: Mapping[str, Callable[[], T]]) -> T:
+        start = self._decisions.hessian or "reverse"
+        used, result = self._first_that_runs(modes, start)
+        if used != start:
+            self._decisions.hessian = used
         return result
 
     @property

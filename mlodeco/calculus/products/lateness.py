@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from mlodeco.calculus.autograd_graph import count_nodes
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.stateless import live
 
@@ -28,23 +27,3 @@ def enters_late(problem: LowerProblem) -> bool:
         return dependent < LATE_FRACTION * nodes
 
     return point.loss.within(point.loss.state(values), count)
-
-
-def count_nodes(root: Any, leaves: set[int]) -> tuple[int, int]:
-    """The nodes of an autograd graph, and those from which one of the leaves is reached."""
-    if root is None:
-        return 0, 0
-    depends: dict[Any, bool] = {}
-    stack: list[tuple[Any, bool]] = [(root, False)]
-    while stack:
-        node, expanded = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
-        if expanded:
-            variable = getattr(node, "variable", None)
-            own = variable is not None and id(variable) in leaves
-            depends[node] = own or any(depends.get(child, False) for child in children)
-        elif node not in depends:
-            depends[node] = False
-            stack.append((node, True))
-            stack.extend((child, False) for child in children if child not in depends)
-    return len(depends), sum(depends.values())

@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.autograd_graph import walk_graph
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.tree import Tree
@@ -43,7 +44,22 @@ class Reverse:
                 for loss, _ in self._problem.point.losses()
             ]
 
-        return self._problem.point.loss.within(self._state, build)
+        gradients = self._problem.point.loss.within(self._state, build)
+        self._refuse_dead_ends(gradients)
+        return gradients
+
+    def _refuse_dead_ends(self, gradients: list[Tree]) -> None:
+        """Looks once for nodes that autograd would pass over in silence, giving zero."""
+        decisions = self._problem.point.decisions
+        if decisions.is_twice_differentiable is None:
+            roots = [g.grad_fn for tree in gradients for g in tree.values()]
+            decisions.is_twice_differentiable = not any(
+                node.name().endswith("::Error") for node in walk_graph(roots)
+            )
+        if not decisions.is_twice_differentiable:
+            raise RuntimeError(
+                "a custom autograd function marked @once_differentiable has no second derivative"
+            )
 
     def touched(self) -> tuple[str, ...]:
         """The own parameters with a gradient in some micro-batch."""
