@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlodeco.calculus.kernels import contains_rnn, differentiable_kernels
-from mlodeco.errors import LossError, NonFiniteError
+from mlodeco.errors import LossError, MlodecoError, NonFiniteError
 from mlodeco.tree import Tree
 
 K = TypeVar("K")
@@ -170,7 +170,14 @@ class StatelessLoss:
         Raises:
             LossError: it is not a scalar loss.
         """
-        return read_loss(self.module(items), self.level, self.site)
+        try:
+            returned = self.module(items)
+        except MlodecoError:
+            raise
+        except Exception as error:
+            error.add_note(f"raised in the loss of level {self.level!r} ({self.site})")
+            raise
+        return read_loss(returned, self.level, self.site)
 
 
 def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, Any]]:

@@ -10,6 +10,9 @@ from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.options import check_count, check_number
 from mlodeco.tree import Tree, add, norm, scale
 
+_GROWTH = 10.0
+"""How much larger the last term may be than the first before the series counts as diverging."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(Implicit):
@@ -56,7 +59,7 @@ class Neumann(Implicit):
             term = add(term, matvec(term), -step)
             total = add(total, term)
         last = norm(term) / norm(b)
-        status = Status.DIVERGING if last > 1.0 + 1e-6 else Status.TRUNCATED
+        status = Status.DIVERGING if last > _GROWTH else Status.TRUNCATED
         return Solution(scale(total, step), self.num_terms, last, status)
 
     def _estimate_step(self, matvec: MatVec, b: Tree) -> float:

@@ -220,10 +220,14 @@ def _buffer_owners(
 
 
 def _warn_of_closed_paths(built: Build) -> None:
+    """Warns of levels whose lower levels carry nothing, for themselves or for one above."""
+    plans = [built.plan(name) for name in built.levels]
+    passes_on = {visit.level for plan in plans for visit in plan.visits if visit.lowers}
+    passes_on.update(plan.top for plan in plans if plan.visits)
     for name, level in built.levels.items():
         if not level.declaration.lower or level.declaration.hypergrad is None:
             continue
-        if built.plan(name).visits:
+        if name in passes_on:
             continue
         reads = [low for low in level.declaration.lower if low in built.graph.reads[name]]
         if not reads:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlodeco.runtime.history import as_number
+
 
 class Context:
     """Where a run stands, and what a function may tell it.
@@ -53,7 +55,7 @@ class Context:
     def log(self, **metrics: Any) -> None:
         """Adds metrics to the step's record. Does nothing in second-order passes."""
         if not self._muted:
-            self.logged.update(metrics)
+            self.logged.update({key: as_number(value) for key, value in metrics.items()})
 
     def stop(self, reason: str = "ctx.stop() was called") -> None:
         """Ends the run after this tick. Does nothing in second-order passes."""

@@ -203,7 +203,7 @@ class Runner:
             extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
             norm = trainer.clip()
-        rate = trainer.learning_rate
+        rate, metrics = trainer.learning_rate, _numbers(found.metrics)
         trainer.apply()
         trainer.level.last_batches = batches
         self._schedule.finish_step(name)
@@ -214,7 +214,7 @@ class Runner:
             loss=found.loss,
             grad_norm=norm,
             learning_rate=rate,
-            metrics=_numbers(found.metrics),
+            metrics=metrics,
             solves=tuple(
                 (
                     s.level,
@@ -228,7 +228,7 @@ class Runner:
         )
         self._steps.append(record)
         self._finish_step_events(name, ctx, extras, ended)
-        record.metrics.update(_numbers(ctx.logged))
+        record.metrics.update(ctx.logged)
 
     def _finish_step_events(
         self, name: str, ctx: Context, extras: dict[str, Any], ended: bool

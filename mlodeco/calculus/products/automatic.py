@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from mlodeco.calculus.point import LowerProblem
@@ -104,6 +105,8 @@ class Automatic:
         for name in names[names.index(start) :]:
             try:
                 result = modes[name]()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 first = first or error
                 if name == "reverse_over_forward":

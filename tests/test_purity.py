@@ -1,0 +1,157 @@
+"""A hypergradient changes nothing, and every pass of it sees the same random numbers."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mlodeco
+from mlodeco import Program
+from mlodeco.hypergrad import FiniteDifference, Identity
+from tests.problems import randn
+from tests.test_hypergrad_exact import relative
+
+METHODS = ["identity", "finite_difference", "neumann", "cg", "dense", None]
+
+
+def noisy_network(p=0.5):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(p), nn.Linear(8, 3)
+    ).double()
+
+
+def noisy_program(p=0.5):
+    generator = torch.Generator().manual_seed(1)
+    x, y = randn(32, 4, seed=1), torch.randint(0, 3, (32,), generator=generator)
+    index = torch.arange(32)
+    loader = DataLoader(
+        TensorDataset(index, x, y), batch_size=16, shuffle=True, generator=generator
+    )
+    program = Program()
+
+    @program.level(
+        "model", module=noisy_network(p), data=loader, optimizer=lambda p: torch.optim.Adam(p, 0.01)
+    )
+    def train(model, batch, weights):
+        number, x, y = batch
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        decay = sum((q**2).sum() for q in model.parameters())
+        return (weights.s[number].sigmoid() * losses).mean() + 0.1 * decay
+
+    @program.level(
+        "weights",
+        lower=["model"],
+        module={"s": randn(32, seed=2)},
+        data=DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True),
+        optimizer=lambda p: torch.optim.Adam(p, 0.01),
+    )
+    def meta(net, batch, model):
+        x, y = batch
+        return nn.functional.cross_entropy(model(x), y)
+
+    return program, generator
+
+
+def state(program, generator):
+    modules = [program.module(name) for name in program.levels]
+    tensors = [t for m in modules for t in m.state_dict().values()]
+    grads = [p.grad for m in modules for p in m.parameters()]
+    return copy.deepcopy(
+        [
+            [t.clone() for t in tensors],
+            [None if g is None else g.clone() for g in grads],
+            torch.get_rng_state(),
+            generator.get_state(),
+            random.getstate(),
+            [str(part) for part in np.random.get_state()],
+            [c.training for m in modules for c in m.modules()],
+        ]
+    )
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+@pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("after_run", [False, True])
+def test_hypergradient_changes_nothing_and_repeats_itself(method, after_run):
+    program, generator = noisy_program()
+    if after_run:
+        mlodeco.run(3, program=program, progress="off")
+    program.module("model")
+    before = state(program, generator)
+    if method is None:
+        expectation = {"s": torch.zeros(32, dtype=torch.float64)}
+        found = mlodeco.hypergradient("weights", program=program, hypergrad=None)
+        assert torch.equal(found["s"], expectation["s"])
+        assert same(before, state(program, generator))
+        return
+    first = mlodeco.hypergradient("weights", program=program, hypergrad=method)
+    assert same(before, state(program, generator))
+    second = mlodeco.hypergradient("weights", program=program, hypergrad=method)
+    assert torch.equal(first["s"], second["s"])
+    torch.rand(7)
+    if after_run:
+        third = mlodeco.hypergradient("weights", program=program, hypergrad=method)
+        assert torch.equal(first["s"], third["s"])
+    assert first["s"].abs().sum() > 0
+
+
+def test_dropout_adds_no_noise_to_the_finite_difference():
+    program, _ = noisy_program()
+    program.module("model")
+    exact = mlodeco.hypergradient("weights", program=program, hypergrad=Identity())["s"]
+    for product in ("reverse", "reverse_over_forward"):
+        other = mlodeco.hypergradient(
+            "weights", program=program, hypergrad=Identity(product=product)
+        )["s"]
+        assert relative(other, exact) < 1e-12
+    found = mlodeco.hypergradient("weights", program=program, hypergrad=FiniteDifference())["s"]
+    assert relative(found, exact) < 0.01
+    assert relative(found, exact) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")
+def test_dropout_is_on_and_differs_between_steps():
+    program, _ = noisy_program()
+    runner = mlodeco.Runner(program, seed=0)
+    runner.step()
+    batch = {name: level.last_batches[0] for name, level in runner.built.levels.items()}
+    found = []
+    for tick in (1, 2):
+        runner.built.tick = tick
+        found.append(mlodeco.hypergradient("weights", batches=batch, program=program)["s"])
+    assert relative(found[0], found[1]) > 0.01
+
+
+def test_generator_of_the_context_is_the_same_in_every_pass():
+    program = Program()
+
+    @program.level("low", module={"w": randn(3)})
+    def low(m, top, ctx):
+        noise = torch.randn(3, generator=ctx.generator, dtype=torch.float64)
+        return ((m.w - noise * top.x) ** 2).sum() + (m.w**4).sum()
+
+    @program.level("top", lower=["low"], module={"x": randn(3, seed=2)})
+    def top(h, low):
+        return (low.w**2).sum()
+
+    exact = mlodeco.hypergradient("top", program=program, hypergrad=Identity())["x"]
+    found = mlodeco.hypergradient("top", program=program, hypergrad=FiniteDifference())["x"]
+    assert relative(found, exact) < 1e-6
+    dense = [
+        mlodeco.hypergradient("top", program=program, hypergrad=f"{name}")["x"]
+        for name in ("dense", "dense")
+    ]
+    assert torch.equal(*dense)
