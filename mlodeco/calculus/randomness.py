@@ -51,7 +51,10 @@ class SavedRandomness:
 
 def seed_streams(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
     """Seeds every global stream and the generators given."""
-    torch.manual_seed(seed)
+    # torch.manual_seed formats a traceback at each call while CUDA is not initialized.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     numpy = _numpy()
     if numpy is not None:

@@ -83,6 +83,8 @@ def sweep(
             _require_finite_tree(response.solution.value, problem, what)
             solves.append(Solve(visit.level, method, response.solution))
             for target, tree in response.cross.items():
+                what = f"the second derivative towards level {target!r}"
+                _require_finite_tree(tree, problem, what)
                 if target == plan.top:
                     indirect = add(indirect, tree, -1.0)
                 else:
@@ -158,8 +160,8 @@ def _require_finite_tree(tree: Tree, problem: LowerProblem, what: str) -> None:
     raise NonFiniteError(
         f"{what} is not finite (its norm is {size}).",
         expected="finite numbers.",
-        remedy="look at the loss of the level above for overflow; for a solver, use a smaller "
-        "step or more damping.",
+        remedy="look at this level's loss and at that of the level above for overflow, a division "
+        "by zero or the logarithm of zero; for a solver, use a smaller step or more damping.",
         level=problem.level,
         site=problem.point.loss.site,
     )
