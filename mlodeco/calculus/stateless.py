@@ -72,8 +72,16 @@ class _Scope(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """One place that holds a tensor: a key for ``functional_call`` and where to look it up."""
+class Slot:
+    """One place that holds a tensor.
+
+    Attributes:
+        key: its name for ``functional_call``.
+        holder: the ``_parameters`` or ``_buffers`` of the module that has it.
+        name: its name there.
+        owner: the level that optimizes it and its name there; None for a constant.
+        child: the identity of the module that has it.
+    """
 
     key: str
     holder: dict[str, Tensor | None]
@@ -119,18 +127,18 @@ class StatelessLoss:
         self.module = module
         self._scope = _Scope(module)
         self._has_rnn = contains_rnn(module)
-        self._parameters: list[_Slot] = []
-        self._buffers: list[_Slot] = []
+        self._parameters: list[Slot] = []
+        self.buffers: list[Slot] = []
         for prefix, child in self._scope.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, parameter in child._parameters.items():
                 if parameter is not None:
                     owner = owners.get(id(parameter))
                     holder: Any = child._parameters
-                    self._parameters.append(_Slot(dot + name, holder, name, owner, id(child)))
+                    self._parameters.append(Slot(dot + name, holder, name, owner, id(child)))
             for name, buffer in child._buffers.items():
                 if buffer is not None:
-                    self._buffers.append(_Slot(dot + name, child._buffers, name, None, id(child)))
+                    self.buffers.append(Slot(dot + name, child._buffers, name, None, id(child)))
         self.sees = tuple(dict.fromkeys(s.owner[0] for s in self._parameters if s.owner))
 
     def state(self, values: Mapping[str, Mapping[str, Tensor]]) -> State:
@@ -143,13 +151,9 @@ class StatelessLoss:
             level, name = slot.owner or ("", "")
             value = values[level].get(name) if level in values else None
             state[slot.key] = slot.tensor.detach() if value is None else value
-        for slot in self._buffers:
+        for slot in self.buffers:
             state[slot.key] = slot.tensor.detach().clone()
         return state
-
-    def buffers(self) -> list[tuple[str, int, Tensor]]:
-        """The real buffers: slot key, identity of the module that holds them, tensor."""
-        return [(slot.key, slot.child, slot.tensor) for slot in self._buffers]
 
     def within(self, state: State, function: Callable[[], T]) -> T:
         """Calls ``function`` while every slot holds its tensor of ``state``.

@@ -101,9 +101,9 @@ class Trainer:
                 found = gradient.get(name)
                 # a copy: autograd may give one tensor for two parameters, or an expanded one
                 parameter.grad = None if found is None else torch.empty_like(parameter).copy_(found)
-            for key, child, buffer in self.level.loss.buffers():
-                if child in self.level.own_children:
-                    buffer.copy_(state[key])
+            for slot in self.level.loss.buffers:
+                if slot.child in self.level.own_children:
+                    slot.tensor.copy_(state[slot.key])
 
     def gradients(self) -> dict[str, Tensor]:
         """The present ``.grad`` by parameter name."""
@@ -174,18 +174,16 @@ class _SavedBuffers:
 
     def __init__(self, level: BuiltLevel, *, own: bool) -> None:
         self._saved = [
-            (child, name, buffer, buffer.detach().clone())
-            for child in level.loss.module.modules()
-            if (id(child) in level.own_children) == own
-            for name, buffer in child._buffers.items()
-            if buffer is not None
+            (slot, slot.tensor, slot.tensor.detach().clone())
+            for slot in level.loss.buffers
+            if (slot.child in level.own_children) == own
         ]
 
     def restore(self) -> None:
         """Puts back values, and the tensors themselves where a module assigned new ones."""
         with torch.no_grad():
-            for child, name, buffer, value in self._saved:
-                child._buffers[name] = buffer.copy_(value)
+            for slot, buffer, value in self._saved:
+                slot.holder[slot.name] = buffer.copy_(value)
 
 
 class _Snapshot:

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mlodeco.errors import RunError, did_you_mean, quoted
 from mlodeco.runtime import Listener, Result, Runner, StepRecord, Tick, ValidationRecord
@@ -140,7 +141,7 @@ class LiveDisplay:
     def on_end(self, result: Result) -> None:
         """Draws the last state and says why the run ended."""
         self._live.stop()
-        self._live.console.print(result.stop_reason)
+        self._live.console.print(result.stop_reason, markup=False, highlight=False)
 
     def on_error(self) -> None:
         """Closes the display, so that the traceback stands below it."""
@@ -151,10 +152,12 @@ class LiveDisplay:
         for title in ("level", "step", "loss", "gradient", "rate", "solve"):
             table.add_column(title, justify="left" if title == "level" else "right")
         for name, record in list(self._latest.records.items()):
-            table.add_row(*_cells(name, record, self._latest.losses[name]))
+            cells = _cells(name, record, self._latest.losses[name])
+            table.add_row(*(Text(cell) for cell in cells))
         parts: list[Any] = [self._bar, table]
         if self._latest.validation is not None:
-            parts.append(f"validation at {self._latest.validation.tick}: {self._latest.metrics()}")
+            tick = self._latest.validation.tick
+            parts.append(Text(f"validation at {tick}: {self._latest.metrics()}"))
         return Group(*parts)
 
 

@@ -1,0 +1,141 @@
+"""The house: imports go downwards only, and importing has no effect."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlodeco
+
+ROOT = Path(mlodeco.__file__).parent
+RANKS = {
+    "errors": 0,
+    "tree": 1,
+    "declare": 2,
+    "graph": 3,
+    "calculus": 4,
+    "hypergrad": 5,
+    "runtime": 6,
+    "show": 7,
+    "program": 8,
+    "cli": 9,
+    "": 10,
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The part of the house that a file belongs to; ``""`` is ``mlodeco/__init__.py``."""
+    first = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imported(path: Path) -> set[str]:
+    """Every dotted name that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def parts_imported(path: Path) -> set[str]:
+    own = (name.split(".") for name in imported(path))
+    parts = {name[1] if len(name) > 1 else "" for name in own if name[0] == "mlodeco"}
+    return {part if part in RANKS else "" for part in parts}
+
+
+def libraries_imported(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)} - {"mlodeco"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_downwards(path):
+    part = part_of(path)
+    assert part in RANKS
+    upwards = {other for other in parts_imported(path) if RANKS[other] > RANKS[part]}
+    assert not upwards
+    if path.parent == ROOT and part:
+        assert part not in parts_imported(path)
+
+
+FORBIDDEN = {
+    "errors": {"torch", "accelerate", "rich"},
+    "declare": {"torch", "accelerate", "rich"},
+    "graph": {"torch", "accelerate", "rich"},
+    "tree": {"accelerate", "rich"},
+    "calculus": {"accelerate", "rich"},
+    "hypergrad": {"accelerate", "rich"},
+    "runtime": {"rich"},
+    "show": {"accelerate"},
+    "program": {"accelerate", "rich"},
+    "cli": {"accelerate"},
+    "": {"accelerate", "rich", "torch"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_libraries_stay_in_their_parts(path):
+    assert not libraries_imported(path) & FORBIDDEN[part_of(path)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_declared_libraries_are_imported(path):
+    allowed = {"torch", "accelerate", "rich", *sys.stdlib_module_names}
+    assert libraries_imported(path) <= allowed
+
+
+def test_every_part_is_looked_at():
+    assert {part_of(path) for path in FILES} >= RANKS.keys() - {"cli"}
+
+
+@pytest.mark.parametrize("module", [mlodeco, mlodeco.hypergrad], ids=lambda m: m.__name__)
+def test_public_names_exist_and_are_sorted(module):
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_public_functions_are_documented():
+    undocumented = [
+        name
+        for name in mlodeco.__all__
+        if callable(getattr(mlodeco, name)) and not getattr(mlodeco, name).__doc__
+    ]
+    assert undocumented == []
+
+
+EFFECTS = """
+import random, warnings
+import numpy, torch
+torch.manual_seed(3); random.seed(3); numpy.random.seed(3)
+before = torch.get_rng_state(), random.getstate(), repr(numpy.random.get_state())
+settings = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    import mlodeco
+after = torch.get_rng_state(), random.getstate(), repr(numpy.random.get_state())
+assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+assert settings == (
+    torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+)
+assert mlodeco.program.DEFAULT.levels == {}
+assert not torch.cuda.is_initialized()
+print("done")
+"""
+
+
+def test_importing_draws_no_random_numbers_and_changes_no_setting():
+    done = subprocess.run(
+        [sys.executable, "-c", EFFECTS], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
