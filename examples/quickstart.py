@@ -184,6 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seeds < 1 or arguments.steps < 1:
         parser.error("--seeds and --steps must be at least 1")
+    torch.set_num_threads(1)  # the tensors are too small to share
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
     show({seed: experiment(seed, arguments.steps) for seed in seeds}, arguments.steps)
 

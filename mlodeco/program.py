@@ -52,6 +52,8 @@ class Program(Registry):
 DEFAULT: Final = Program()
 """The program of the module-level decorators outside any ``with Program()``."""
 
+Registry.default = DEFAULT
+
 
 def current_program() -> Program:
     """The innermost program entered by ``with``, else the default one."""

@@ -544,6 +544,13 @@ def test_each_own_step_of_a_turn_draws_other_random_numbers():
     seen.clear()
     runner.step()
     assert len(set(seen)) == len(seen) == 2
+    first = seen.copy()
+    seen.clear()
+    runner = Runner(program, seed=2)
+    runner.step()
+    seen.clear()
+    runner.step()
+    assert len(set(seen + first)) == 4
 
 
 # buffers
@@ -976,6 +983,28 @@ def test_an_exception_leaves_the_level_as_before_its_step(where):
     assert f"level {level!r}" in notes
     assert "tick 1" in notes
     assert "test_runner.py" in notes
+
+
+def test_an_exception_leaves_the_random_numbers_as_before_the_step():
+    program = Program()
+
+    @program.level(
+        "low",
+        module=scalar(1.0),
+        optimizer=partial(SGD, lr=0.1),
+        data=lambda: DataLoader(TensorDataset(randn(4)), shuffle=True),
+    )
+    def low(m, batch, ctx):
+        if torch.rand(()) >= 0 and ctx.tick == 2:
+            raise ValueError("mine")
+        return (m.x * batch[0]).sum()
+
+    runner = Runner(program, seed=1)
+    runner.step()
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="mine"):
+        runner.step()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_several_processes_are_refused(monkeypatch):

@@ -347,6 +347,7 @@ def test_rollback_repeats_the_step_as_it_was_drawn(inner):
         def top(m, low):
             return (low.x**2).sum()
 
+        program.on("after_step", level="top")(lambda: torch.rand(()))
         return program
 
     run(program_with(False), 6, seed=1)

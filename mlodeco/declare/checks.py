@@ -168,7 +168,7 @@ def _lacks_self(function: Callable[..., Any]) -> bool:
     if not inspect.isfunction(function):
         return False
     first = next(iter(inspect.signature(function).parameters), None)
-    return first == "self" and "." in function.__qualname__.replace("<locals>.", "")
+    return first == "self" and "." in function.__qualname__.rpartition("<locals>.")[2]
 
 
 def find_cycle(lower: Mapping[str, Iterable[str]]) -> list[str] | None:

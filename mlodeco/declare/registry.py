@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
 from mlodeco.declare.checks import Checker, find_cycle
 from mlodeco.declare.records import (
@@ -67,6 +67,9 @@ class Registry:
     A declaration is checked whole before it is recorded, so one that fails
     leaves no trace. ``version`` grows with each that succeeds.
     """
+
+    default: ClassVar[Registry | None] = None
+    """The one that is current where none was entered by ``with``."""
 
     def __init__(self) -> None:
         self.levels: dict[str, LevelDeclaration] = {}
@@ -218,7 +221,7 @@ class Registry:
             if level is not None:
                 check.level_name(level)
             count = check.count("every", every, least=1)
-            self.hooks.append(HookDeclaration(event, function, site, level, count))
+            _put(self.hooks, HookDeclaration(event, function, site, level, count))
             self.version += 1
             return function
 
@@ -272,17 +275,16 @@ class Registry:
                         "patience is set and monitor is not.",
                         remedy="say which metric to watch: monitor='accuracy'.",
                     )
-            self.validations.append(
-                ValidationDeclaration(
-                    function=function,
-                    site=site,
-                    every=check.count("every", every, least=1),
-                    data=data,
-                    monitor=monitor,
-                    mode=mode,
-                    patience=patience,
-                )
+            declaration = ValidationDeclaration(
+                function=function,
+                site=site,
+                every=check.count("every", every, least=1),
+                data=data,
+                monitor=monitor,
+                mode=mode,
+                patience=patience,
             )
+            _put(self.validations, declaration)
             self.version += 1
             return function
 
@@ -314,6 +316,8 @@ class Registry:
                     f"the method {name!r} is declared twice, first at {taken.site}.",
                     remedy="rename one of them.",
                 )
+            if taken is not None:
+                _warn_of_replacement(f"method {name!r}", site)
             self.methods[name] = MethodDeclaration(name, value, site)
             self.version += 1
             return value
@@ -357,19 +361,16 @@ class Registry:
                 level=name,
                 site=str(declaration.site),
             )
+        if replaces:
+            _warn_of_replacement(f"level {name!r}", declaration.site)
         self.levels[name] = declaration
         self.version += 1
-        if replaces:
-            warnings.warn(
-                f"level {name!r} ({declaration.site}) replaces its earlier declaration.",
-                RedeclarationWarning,
-                stacklevel=4,
-            )
 
 
 def current_registry() -> Registry | None:
-    """The innermost program entered by ``with``, or None."""
-    return _current.get()
+    """The innermost program entered by ``with``, else the default one, if there is one."""
+    current = _current.get()
+    return Registry.default if current is None else current
 
 
 def require_levels(registry: Registry) -> None:
@@ -388,6 +389,35 @@ def require_levels(registry: Registry) -> None:
 
 def _replaces(new: Site, old: Site) -> bool:
     return new.interactive and (new.module, new.qualname) == (old.module, old.qualname)
+
+
+def _put(
+    declarations: list[HookDeclaration] | list[ValidationDeclaration],
+    new: HookDeclaration | ValidationDeclaration,
+) -> None:
+    """Appends a declaration, or replaces the earlier one of the same function at a prompt."""
+    known: list[Any] = declarations
+    for number, old in enumerate(known):
+        same = _place(old) == _place(new) and old.function is not new.function
+        if same and _replaces(new.site, old.site) and "<lambda>" not in new.site.qualname:
+            _warn_of_replacement(new.site.qualname, new.site)
+            known[number] = new
+            return
+    known.append(new)
+
+
+def _place(declaration: Any) -> tuple[Any, ...]:
+    """What a hook listens to; the same for all validations."""
+    return getattr(declaration, "event", None), getattr(declaration, "level", None)
+
+
+def _warn_of_replacement(what: str, site: Site) -> None:
+    warnings.warn_explicit(
+        f"{what} ({site}) replaces its earlier declaration.",
+        RedeclarationWarning,
+        site.file,
+        site.line,
+    )
 
 
 def _plain(value: object) -> bool:

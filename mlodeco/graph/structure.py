@@ -110,15 +110,23 @@ class Graph:
 
     def walk_paths(self, level: str) -> Iterator[tuple[str, ...]]:
         """The paths of :meth:`paths`, one at a time."""
-        self.known(level)
-        stack: list[tuple[str, ...]] = [
-            (low, level) for low in reversed(self.best_responses(level))
-        ]
+        useful = self._levels_on_paths(self.known(level))
+        stack: list[tuple[str, ...]] = [(level,)]
         while stack:
             path = stack.pop()
-            if level in self.reads[path[0]]:
+            if len(path) > 1 and level in self.reads[path[0]]:
                 yield (level, *path)
-            stack.extend((low, *path) for low in reversed(self.best_responses(path[0])))
+            lowers = [low for low in self.best_responses(path[0]) if low in useful]
+            stack.extend((low, *path) for low in reversed(lowers))
+
+    def _levels_on_paths(self, level: str) -> set[str]:
+        """The levels below from which a read of ``level`` is reached: no walk there is in vain."""
+        useful: set[str] = set()
+        for name in self.order:
+            reads_on = any(low in useful for low in self.best_responses(name))
+            if name in self._below[level] and (level in self.reads[name] or reads_on):
+                useful.add(name)
+        return useful
 
     def known(self, level: str) -> str:
         """The name itself.
