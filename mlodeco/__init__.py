@@ -1,8 +1,17 @@
 """Multilevel optimization on PyTorch: decorate the training functions that you have, and run."""
 
 from mlodeco import errors, hypergrad, tree
+from mlodeco.api import (
+    Program,
+    current_program,
+    hypergradient,
+    level,
+    method,
+    on,
+    run,
+    validate,
+)
 from mlodeco.errors import MlodecoError, MlodecoWarning
-from mlodeco.program import Program, hypergradient, level, method, on, run, validate
 from mlodeco.runtime import Context, History, Result, Runner
 
 __version__ = "0.1.0"
@@ -16,6 +25,7 @@ __all__ = [
     "Result",
     "Runner",
     "__version__",
+    "current_program",
     "errors",
     "hypergrad",
     "hypergradient",

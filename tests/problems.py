@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def network(*sizes: int, seed: int = 0) -> nn.Sequential:
     layers: list[nn.Module] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after, dtype=torch.float64), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

@@ -16,9 +16,9 @@ from torch.optim import SGD
 
 import mlodeco
 from mlodeco import Program
+from mlodeco.api import DEFAULT, current_program
 from mlodeco.declare.registry import LEVEL_OPTIONS
 from mlodeco.errors import DeclarationError, GraphError, RedeclarationWarning
-from mlodeco.program import DEFAULT, current_program
 
 sgd = functools.partial(SGD, lr=0.1)
 

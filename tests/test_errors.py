@@ -57,6 +57,13 @@ def upper_loss(own, batch, other):
     return ((other(x) - y) ** 2).mean()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
 class Bilevel:
     """A good program, and others that differ from it in a mistake, on the same modules."""
 
@@ -723,7 +730,7 @@ def of_optimizers() -> list[Mistake]:
             "ReduceLROnPlateau",
             lambda o: ReduceLROnPlateau(o),
             "ReduceLROnPlateau",
-            "@on('validate')",
+            "@on('loop_end'",
         ),
     ]
 

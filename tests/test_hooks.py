@@ -78,9 +78,9 @@ def test_order_of_events():
         ("run_start", None),
         *[(e, "low") for e in ("loop_start", *step)],
         *[(e, "low") for e in (*step, "loop_end")],
-        *[(e, "top") for e in upper],
+        *[(e, "top") for e in (*upper, "epoch_end")],
         ("validate", None),
-        *[(e, "low") for e in ("loop_start", *step)],
+        *[(e, "low") for e in ("loop_start", *step, "epoch_end")],
         ("validate", None),
         ("run_end", None),
     ]
@@ -321,7 +321,7 @@ def test_log_is_mute_in_second_order_passes():
     calls = []
 
     def low(m, batch, top, ctx):
-        calls.append(ctx.level)
+        calls.append(ctx)
         ctx.log(calls=len(calls))
         return ((m.x - top.x - batch) ** 2).sum()
 
@@ -332,6 +332,7 @@ def test_log_is_mute_in_second_order_passes():
     tick = runner.step()
     assert tick.steps[0].metrics["calls"] == 1
     assert len(calls) > 1
+    assert all(ctx.logged == {} for ctx in calls[1:])
     assert "calls" not in tick.steps[1].metrics
     mlodeco.hypergradient("top", program=program)
 

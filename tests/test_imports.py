@@ -19,7 +19,7 @@ RANKS = {
     "hypergrad": 5,
     "runtime": 6,
     "show": 7,
-    "program": 8,
+    "api": 8,
     "cli": 9,
     "": 10,
 }
@@ -77,7 +77,7 @@ FORBIDDEN = {
     "hypergrad": {"accelerate", "rich"},
     "runtime": {"rich"},
     "show": {"accelerate"},
-    "program": {"accelerate", "rich"},
+    "api": {"accelerate", "rich"},
     "cli": {"accelerate"},
     "": {"accelerate", "rich", "torch"},
 }
@@ -127,7 +127,7 @@ assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 assert settings == (
     torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
 )
-assert mlodeco.program.DEFAULT.levels == {}
+assert mlodeco.api.DEFAULT.levels == {}
 assert not torch.cuda.is_initialized()
 print("done")
 """

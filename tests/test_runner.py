@@ -312,10 +312,6 @@ def test_function_of_module_keeps_groups_by_name():
     low, top = batches(2, seed=1), batches(2, seed=2)
     program = bilevel(low, top, low_optimizer=grouped)
 
-    @program.on("run_end")
-    def end(ctx):
-        return None
-
     @program.on("after_step", level="low")
     def look(optimizer):
         seen["lrs"] = [group["lr"] for group in optimizer.param_groups]

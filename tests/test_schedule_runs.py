@@ -391,7 +391,6 @@ def test_rollback_applies_a_hook_that_changes_gradients_to_the_repeated_step():
     assert program.module("low").x.item() == pytest.approx(wanted.item(), abs=1e-12)
 
 
-@pytest.mark.xfail(reason="the loop of a level with warmup starts before the warmup")
 def test_rollback_keeps_the_warmup():
     program = rolled(Low, inner_steps=1, warmup=3)
     run(program, 4)

@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 
-@contextmanager
-def differentiable_kernels(has_rnn: bool) -> Iterator[None]:
-    """Attention by the MATH backend, no fused encoder layer, RNNs without cuDNN.
+class Kernels:
+    """What the modules of a loss need in place of their usual kernels.
 
-    The flash and fused kernels have no derivative of their backward pass.
+    Args:
+        module: the modules that the loss may call.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    cudnn = torch.backends.cudnn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    if has_rnn and cudnn:
-        torch.backends.cudnn.enabled = False
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        if has_rnn and cudnn:
-            torch.backends.cudnn.enabled = cudnn
+
+    def __init__(self, module: nn.Module) -> None:
+        self._has_rnn = any(isinstance(child, nn.RNNBase) for child in module.modules())
+        self._has_weight_norm = any(map(_is_weight_normed, module.modules()))
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Attention by the MATH backend, no fused encoder layer, RNNs without cuDNN.
+
+        The flash and fused kernels have no derivative of their backward pass. Compiled
+        modules run as written: their graphs would drop tangents without a word.
+        """
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        cudnn = torch.backends.cudnn.enabled
+        torch.backends.mha.set_fastpath_enabled(False)
+        if self._has_rnn and cudnn:
+            torch.backends.cudnn.enabled = False
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if "torch._dynamo" in sys.modules:  # nothing is compiled without it
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if self._has_weight_norm:
+                    stack.enter_context(_ExactWeightNorm())
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            if self._has_rnn and cudnn:
+                torch.backends.cudnn.enabled = cudnn
 
 
-def contains_rnn(module: nn.Module) -> bool:
-    """Whether a recurrent layer is among the submodules."""
-    return any(isinstance(child, nn.RNNBase) for child in module.modules())
+def _is_weight_normed(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _WeightNorm) or any(isinstance(h, WeightNorm) for h in hooks)
+
+
+class _ExactWeightNorm(TorchFunctionMode):
+    """Writes weight normalization out: torch's fused one has a wrong second derivative."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))

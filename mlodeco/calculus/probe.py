@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -23,14 +24,17 @@ class Dependence:
 
     Attributes:
         declared: those whose values the loss was given.
+        captured: those of them whose real parameters it reached past its modules, such as
+            by a list of tensors made outside the function.
         undeclared: others, whose real parameters it reached by a closure or a global.
     """
 
     declared: frozenset[str]
+    captured: frozenset[str]
     undeclared: frozenset[str]
 
 
-def find_dependence(point: Point, parameters: Mapping[str, Sequence[torch.Tensor]]) -> Dependence:
+def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) -> Dependence:
     """Evaluates a loss once and walks its graph down to the leaves.
 
     Args:
@@ -38,22 +42,53 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[torch.Tensor
         parameters: the real parameters of every level of the program.
 
     Raises:
-        LossError: the function calls ``.backward()`` or steps an optimizer.
+        LossError: the function calls ``.backward()``, steps an optimizer, or changes its
+            batch or parameters in place.
     """
     values = {level: live(tree) for level, tree in point.values.items()}
     copies = {id(t): level for level, tree in values.items() for t in tree.values()}
     real = {id(t): level for level, tensors in parameters.items() for t in tensors}
+    loss = point.loss
+    watched = (
+        ("its batch", "use x = x * 0.5, not x.mul_(0.5).", _Watch(_tensors_in(point.batches[0]))),
+        (
+            "the parameters of its modules",
+            "return a loss alone; change parameters in a hook, such as @on('after_step').",
+            _Watch(loss.tensors()),
+        ),
+    )
 
     def evaluate() -> set[int]:
-        with _KeepsToItsTask(point.loss.level, point.loss.site):
-            loss, _ = next(point.losses())
-        return _leaves(loss.grad_fn)
+        with _KeepsToItsTask(loss.level, loss.site):
+            value, _ = next(point.losses())
+        return _leaves(value.grad_fn)
 
     with preserved_randomness():
-        reached = point.loss.within(point.loss.state(values), evaluate)
+        reached = loss.within(loss.state(values), evaluate)
+    for what, remedy, watch in watched:
+        if watch.has_changed():
+            raise _refusal(loss.level, loss.site, f"changes {what} in place", remedy)
     declared = frozenset(copies[leaf] for leaf in reached if leaf in copies)
     others = frozenset(real[leaf] for leaf in reached if leaf in real)
-    return Dependence(declared, others - set(values))
+    return Dependence(declared, others & set(values), others - set(values))
+
+
+class _Watch:
+    """Notices writes to tensors, by their version counters."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
+
+    def has_changed(self) -> bool:
+        return any(t._version != version for t, version in self._versions)
+
+
+def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part, depth - 1)
 
 
 def _leaves(root: Any) -> set[int]:
@@ -93,10 +128,15 @@ class _KeepsToItsTask(TorchFunctionMode):
         raise self._error("steps an optimizer")
 
     def _error(self, what: str) -> LossError:
-        return LossError(
-            f"the function {what}.",
-            expected="a function that computes a loss and returns it.",
-            remedy="return the loss; gradients and optimizer steps are the library's part.",
-            level=self._level,
-            site=self._site,
-        )
+        remedy = "return the loss; gradients and optimizer steps are the library's part."
+        return _refusal(self._level, self._site, what, remedy)
+
+
+def _refusal(level: str, site: str, what: str, remedy: str) -> LossError:
+    return LossError(
+        f"the function {what}.",
+        expected="a function that computes a loss and returns it.",
+        remedy=remedy,
+        level=level,
+        site=site,
+    )

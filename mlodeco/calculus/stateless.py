@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from mlodeco.calculus.kernels import contains_rnn, differentiable_kernels
+from mlodeco.calculus.kernels import Kernels
 from mlodeco.errors import LossError, MlodecoError, NonFiniteError
 from mlodeco.tree import Tree
 
@@ -60,23 +59,12 @@ class LevelModule(nn.Module):
         return self._function(*args, **kwargs)
 
 
-class _Scope(nn.Module):
-    """Runs any function while the slots of a level module are swapped."""
-
-    def __init__(self, level: LevelModule) -> None:
-        super().__init__()
-        self.level = level
-
-    def forward(self, function: Callable[[], T]) -> T:
-        return function()
-
-
 @dataclass(frozen=True)
 class Slot:
     """One place that holds a tensor.
 
     Attributes:
-        key: its name for ``functional_call``.
+        key: its name, unique in the level module.
         holder: the ``_parameters`` or ``_buffers`` of the module that has it.
         name: its name there.
         owner: the level that optimizes it and its name there; None for a constant.
@@ -91,6 +79,7 @@ class Slot:
 
     @property
     def tensor(self) -> Tensor:
+        """The tensor that it holds now."""
         value = self.holder[self.name]
         if value is None:
             raise KeyError(self.key)
@@ -125,11 +114,12 @@ class StatelessLoss:
         self.level = level
         self.site = site
         self.module = module
-        self._scope = _Scope(module)
-        self._has_rnn = contains_rnn(module)
+        self._kernels = Kernels(module)
+        self._children = tuple(module.modules())
         self._parameters: list[Slot] = []
         self.buffers: list[Slot] = []
-        for prefix, child in self._scope.named_modules():
+        self._empty: list[Slot] = []
+        for prefix, child in module.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, parameter in child._parameters.items():
                 if parameter is not None:
@@ -137,9 +127,14 @@ class StatelessLoss:
                     holder: Any = child._parameters
                     self._parameters.append(Slot(dot + name, holder, name, owner, id(child)))
             for name, buffer in child._buffers.items():
-                if buffer is not None:
-                    self.buffers.append(Slot(dot + name, child._buffers, name, None, id(child)))
+                slot = Slot(dot + name, child._buffers, name, None, id(child))
+                (self._empty if buffer is None else self.buffers).append(slot)
+        self._slots = (*self._parameters, *self.buffers, *self._empty)
         self.sees = tuple(dict.fromkeys(s.owner[0] for s in self._parameters if s.owner))
+
+    def tensors(self) -> list[Tensor]:
+        """The real parameters in the slots."""
+        return [slot.tensor for slot in self._parameters]
 
     def state(self, values: Mapping[str, Mapping[str, Tensor]]) -> State:
         """A tensor for every slot: the values of the levels given, else constants.
@@ -151,8 +146,12 @@ class StatelessLoss:
             level, name = slot.owner or ("", "")
             value = values[level].get(name) if level in values else None
             state[slot.key] = slot.tensor.detach() if value is None else value
+        copies: dict[int, Tensor] = {}
         for slot in self.buffers:
-            state[slot.key] = slot.tensor.detach().clone()
+            buffer = slot.tensor
+            if id(buffer) not in copies:
+                copies[id(buffer)] = buffer.detach().clone()
+            state[slot.key] = copies[id(buffer)]
         return state
 
     def within(self, state: State, function: Callable[[], T]) -> T:
@@ -160,10 +159,36 @@ class StatelessLoss:
 
         Backward passes belong inside as well: activation checkpointing calls the
         user's modules again from there. Buffers of ``state`` may be updated by it.
+        On leaving, slots and train/eval modes are as they were.
         """
-        with differentiable_kernels(self._has_rnn):
-            result: T = functional_call(self._scope, state, (function,), tie_weights=False)
-        return result
+        before = [(slot, slot.holder.get(slot.name)) for slot in self._slots]
+        modes = [(child, child.training) for child in self._children]
+        try:
+            with self._kernels.differentiable():
+                return self._swapped(state, function, before)
+        except BaseException:
+            # once more: an interrupt may have come while the tensors were put back
+            _put_back(before)
+            raise
+        finally:
+            for child, mode in modes:
+                if child.training is not mode:
+                    child.training = mode
+
+    def _swapped(
+        self, state: State, function: Callable[[], T], before: list[tuple[Slot, Tensor | None]]
+    ) -> T:
+        try:
+            for slot, _ in before:
+                if slot.key in state:
+                    slot.holder[slot.name] = state[slot.key]
+            return function()
+        finally:
+            for slot in self.buffers:
+                after = slot.holder.get(slot.name)
+                if after is not None:
+                    state[slot.key] = after
+            _put_back(before)
 
     def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Calls the user's function as things are, and checks what it returns.
@@ -182,6 +207,11 @@ class StatelessLoss:
             error.add_note(f"raised in the loss of level {self.level!r} ({self.site})")
             raise
         return read_loss(returned, self.level, self.site)
+
+
+def _put_back(before: list[tuple[Slot, Tensor | None]]) -> None:
+    for slot, tensor in before:
+        slot.holder[slot.name] = tensor
 
 
 def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, Any]]:
@@ -271,7 +301,10 @@ def gradient(
     create_graph: bool = False,
     retain_graph: bool | None = None,
 ) -> dict[K, Tensor]:
-    """``autograd.grad`` on mappings; inputs that the outputs do not depend on are left out."""
+    """``autograd.grad`` on mappings; inputs that the outputs do not depend on are left out.
+
+    Sparse gradients (``nn.Embedding(sparse=True)``) are made dense.
+    """
     if not inputs:
         return {}
     found = torch.autograd.grad(
@@ -282,4 +315,8 @@ def gradient(
         retain_graph=retain_graph,
         allow_unused=True,
     )
-    return {key: value for key, value in zip(inputs, found, strict=True) if value is not None}
+    return {
+        key: value.to_dense() if value.is_sparse else value
+        for key, value in zip(inputs, found, strict=True)
+        if value is not None
+    }

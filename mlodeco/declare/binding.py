@@ -65,15 +65,25 @@ def bind(declaration: LevelDeclaration, levels: Collection[str]) -> Binding:
     names = {parameter.name for parameter in parameters}
     _refuse_unknown_reads(declaration, names, levels)
     own_is_named = declaration.name in names
+    left_out = ""
     for position, parameter in enumerate(parameters):
         found = _role(declaration, parameter.name, levels)
         if found is None and position == 0 and not own_is_named:
             found = (Role.OWN, declaration.name)
         if found is None:
-            _refuse_unmatched(declaration, parameter, levels)
+            _refuse_unmatched(declaration, parameter, names, levels)
+            left_out = parameter.name
             continue
         role, target = found
         positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+        if positional and left_out:
+            raise BindingError(
+                f"argument {parameter.name!r} is positional-only and comes after {left_out!r}, "
+                "which keeps its default.",
+                remedy=f"put {parameter.name!r} before {left_out!r}, or remove the '/'.",
+                level=declaration.name,
+                site=str(declaration.site),
+            )
         arguments.append(Argument(parameter.name, role, target, positional))
     read = [a.target for a in arguments if a.role is Role.LEVEL]
     reads = tuple(dict.fromkeys([*read, *declaration.extra_reads]))
@@ -105,17 +115,32 @@ def _known_names(declaration: LevelDeclaration, levels: Collection[str]) -> list
 
 
 def _refuse_unmatched(
-    declaration: LevelDeclaration, parameter: inspect.Parameter, levels: Collection[str]
+    declaration: LevelDeclaration,
+    parameter: inspect.Parameter,
+    arguments: Collection[str],
+    levels: Collection[str],
 ) -> None:
     known = _known_names(declaration, levels)
-    resembles = closest(parameter.name, known, cutoff=0.8)
-    if parameter.default is not inspect.Parameter.empty and resembles is None:
-        return
+    if parameter.default is not inspect.Parameter.empty:
+        free = [n for n in known if n != declaration.name and n not in arguments]
+        resembles = closest(parameter.name, free, cutoff=0.8)
+        if resembles is None:
+            return
+        raise BindingError(
+            f"argument {parameter.name!r} names no level, field or loader, and resembles "
+            f"{resembles!r}.",
+            remedy="correct it, or give an option of your own a name that differs more."
+            f"{did_you_mean(parameter.name, [resembles])}",
+            level=declaration.name,
+            site=str(declaration.site),
+        )
     raise BindingError(
         f"argument {parameter.name!r} names no level, field or loader.",
-        expected=f"one of {quoted(known)}.",
+        expected=f"one of {quoted(known)}; the level's own module is the first argument or named "
+        f"{declaration.name!r}.",
         remedy="rename the argument, declare a level of that name, map it by "
-        f"reads={{{parameter.name!r}: 'level'}}, or give it a default of its own."
+        f"reads={{{parameter.name!r}: 'level'}}, or give it a default of its own; the level's "
+        f"own module is the first argument or the one named {declaration.name!r}."
         f"{did_you_mean(parameter.name, known)}",
         level=declaration.name,
         site=str(declaration.site),
@@ -172,11 +197,13 @@ def bind_offered(
     """
     known = list(dict.fromkeys(offered))
     wanted: list[str] = []
-    for parameter in parameters_of(function):
+    parameters = parameters_of(function)
+    free = set(known) - {parameter.name for parameter in parameters}
+    for parameter in parameters:
         if parameter.name in known:
             wanted.append(parameter.name)
         elif parameter.default is inspect.Parameter.empty or closest(
-            parameter.name, known, cutoff=0.8
+            parameter.name, free, cutoff=0.8
         ):
             raise BindingError(
                 f"{what} asks for {parameter.name!r}, which is not offered to it.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from mlodeco.declare.records import RESERVED
 from mlodeco.declare.site import Site, underlying
@@ -28,13 +29,14 @@ class Checker:
 
     def count(self, option: str, value: object, *, least: int) -> int:
         """An integer of at least ``least``."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        number = as_integer(value)
+        if number is None or number < least:
             raise self.error(
                 f"{option}={value!r}.",
                 expected=f"an integer of at least {least}.",
                 remedy=f"set {option}={least} or more, or leave it out.",
             )
-        return value
+        return number
 
     def flag(self, option: str, value: object) -> bool:
         """True or False."""
@@ -145,11 +147,6 @@ class Checker:
 
     def level_name(self, name: object) -> str:
         """A non-empty string that is not reserved."""
-        if callable(name):
-            raise self.error(
-                "@level was used without a name.",
-                remedy="write @level('name', module=..., ...) above the function.",
-            )
         if not isinstance(name, str) or not name.strip():
             raise self.error(
                 f"the level's name is {name!r}.",
@@ -162,6 +159,13 @@ class Checker:
                 remedy=f"choose another name; {quoted(RESERVED)} are arguments with a meaning.",
             )
         return name
+
+
+def as_integer(value: object) -> int | None:
+    """The value as an ``int`` if it is an integer of any kind and not a truth value."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    return operator.index(value)
 
 
 def _lacks_self(function: Callable[..., Any]) -> bool:

@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, ClassVar, Final, Literal, Self, TypeVar
+from typing import Any, ClassVar, Final, Literal, Never, Self, TypeVar, get_args, overload
 
 from mlodeco.declare.checks import Checker, find_cycle
 from mlodeco.declare.records import (
     UNSET,
-    Function,
     HookDeclaration,
     LevelDeclaration,
     MethodDeclaration,
@@ -23,19 +22,22 @@ from mlodeco.errors import GraphError, RedeclarationWarning, RunError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-EVENTS: Final = (
+Event = Literal[
     "run_start",
     "loop_start",
     "before_step",
+    "hypergradient",
     "after_backward",
     "after_step",
-    "hypergradient",
     "epoch_end",
     "loop_end",
     "validate",
     "run_end",
-)
+]
 """The events of ``on``, in the order in which a tick fires them."""
+
+EVENTS: Final = get_args(Event)
+"""The same at run time."""
 
 RUN_EVENTS: Final = ("run_start", "validate", "run_end")
 """The events that belong to the run and not to a level."""
@@ -99,7 +101,7 @@ class Registry:
         accumulate: int = 1,
         clip_norm: float | None = None,
         rollback: bool = False,
-        **unknown: Any,
+        **unknown: Never,
     ) -> Callable[[F], F]:
         """Declares the decorated function as the loss of a level and returns it unchanged.
 
@@ -185,20 +187,34 @@ class Registry:
             self._add_level(declaration, check)
             return function
 
-        if callable(name):
-            decorate(name)
+        _refuse_bare("@level", name, "name", "@level('name', module=..., ...)")
         return decorate
 
     def on(
-        self, event: str, level: str | None = None, every: int = 1, **unknown: Any
+        self, event: Event, level: str | None = None, every: int = 1, **unknown: Never
     ) -> Callable[[F], F]:
         """Declares a hook: a function called at an event.
 
-        It takes any subset of what the event offers, by name: levels' modules,
-        ``ctx``, ``optimizer``, ``scheduler``, ``batch``, ``grads``, ``loss``, ``metrics``.
+        It takes any subset of what the event offers, by name. Every event offers ``ctx`` and
+        the levels' modules under their names; those of a level also its ``optimizer`` and
+        ``scheduler``. In the order of a tick:
+
+        - ``run_start``: once, before the first tick;
+        - ``loop_start``: before the first step of an inner loop;
+        - ``before_step``: before each own step, with ``batch``;
+        - ``hypergradient``: an upper level's hypergradient is there, with ``batch``,
+          ``grads``, ``loss``, ``metrics``;
+        - ``after_backward``: any level's gradients are there, before clipping, with the same;
+        - ``after_step``: after the optimizer's step, with the same;
+        - ``epoch_end``: the step used the last batch of a pass over the data;
+        - ``loop_end``: the inner loop is finished;
+        - ``validate``: after each validation, with ``metrics``;
+        - ``run_end``: once, after the last tick, with ``history``.
+
+        ``grads`` are the ``.grad`` by parameter name and may be changed in place.
 
         Args:
-            event: one of ``mlodeco.EVENTS``.
+            event: one of these.
             level: the level whose events are meant; None for those of every level.
             every: call it at each ``every``-th occurrence only.
             **unknown: refused.
@@ -225,11 +241,26 @@ class Registry:
             self.version += 1
             return function
 
+        _refuse_bare("@on", event, "event", "@on('after_step')")
         return decorate
+
+    @overload
+    def validate(self, function: F, /) -> F: ...
+
+    @overload
+    def validate(
+        self,
+        *,
+        every: int = 1,
+        data: Any = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int | None = None,
+    ) -> Callable[[F], F]: ...
 
     def validate(
         self,
-        *functions: Function,
+        *functions: Any,
         every: int = 1,
         data: Any = None,
         monitor: str | None = None,
@@ -259,6 +290,11 @@ class Registry:
         def decorate(function: F) -> F:
             site = locate(function)
             check = Checker("@validate", None, site)
+            if not callable(function):
+                raise check.error(
+                    f"@validate was given {function!r} by position.",
+                    remedy="name its options: @validate(every=100).",
+                )
             check.function(function)
             check.unknown(unknown, ("every", "data", "monitor", "mode", "patience"))
             check.choice("mode", mode, ("min", "max"))
@@ -284,6 +320,7 @@ class Registry:
                 mode=mode,
                 patience=patience,
             )
+            self._refuse_second_monitor(declaration, check)
             _put(self.validations, declaration)
             self.version += 1
             return function
@@ -322,11 +359,7 @@ class Registry:
             self.version += 1
             return value
 
-        if callable(name):
-            raise Checker("@method", None, locate(name)).error(
-                "@method was used without a name.",
-                remedy="write @method('name') above the function.",
-            )
+        _refuse_bare("@method", name, "name", "@method('name')")
         return decorate
 
     def __enter__(self) -> Self:
@@ -340,6 +373,16 @@ class Registry:
         traceback: TracebackType | None,
     ) -> None:
         _current.reset(self._tokens.pop())
+
+    def _refuse_second_monitor(self, new: ValidationDeclaration, check: Checker) -> None:
+        for old in self.validations:
+            if new.monitor and old.monitor and not _replaces(new.site, old.site):
+                raise check.error(
+                    f"monitor={new.monitor!r}, and the validation at {old.site} monitors "
+                    f"{old.monitor!r} already.",
+                    expected="one monitored metric, which decides what the best is.",
+                    remedy="leave monitor= out of one of them.",
+                )
 
     def _add_level(self, declaration: LevelDeclaration, check: Checker) -> None:
         name = declaration.name
@@ -384,6 +427,14 @@ def require_levels(registry: Registry) -> None:
             "the program has no levels.",
             remedy="decorate a loss function with @level('name', module=..., ...); levels "
             "declared inside 'with Program() as p' belong to p: pass program=p.",
+        )
+
+
+def _refuse_bare(decorator: str, given: object, missing: str, example: str) -> None:
+    if callable(given):
+        raise Checker(decorator, None, locate(given)).error(
+            f"{decorator} was used without {'an' if missing == 'event' else 'a'} {missing}.",
+            remedy=f"write {example} above the function.",
         )
 
 

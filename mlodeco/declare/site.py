@@ -40,7 +40,7 @@ def underlying(function: Callable[..., Any]) -> Any:
         elif hasattr(function, "__wrapped__"):
             function = function.__wrapped__
         elif not inspect.isfunction(function) and not inspect.isclass(function):
-            call = vars(type(function)).get("__call__")
+            call = inspect.getattr_static(type(function), "__call__", None)
             if not inspect.isfunction(call):
                 return function
             function = call

@@ -43,14 +43,14 @@ class Schedule:
         )
 
     def is_loop_start(self, level: str) -> bool:
-        """Whether the level's next turn is the first of its inner loop."""
-        return level in self._at_loop_start
+        """Whether the level's next turn is the first of its inner loop; warmup comes before."""
+        return level in self._at_loop_start and self.steps[level] >= self._timings[level].warmup
 
     def finish_step(self, level: str) -> None:
         """Counts one own optimizer step."""
         self.steps[level] += 1
-        self._at_loop_start.discard(level)
         if self.steps[level] > self._timings[level].warmup:
+            self._at_loop_start.discard(level)
             for upper in self._graph.uppers(level):
                 self._since[upper, level] += 1
 

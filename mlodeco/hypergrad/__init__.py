@@ -14,7 +14,7 @@ from mlodeco.hypergrad.finite_difference import FiniteDifference
 from mlodeco.hypergrad.identity import Identity
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.neumann import Neumann
-from mlodeco.hypergrad.table import NAMES, resolve
+from mlodeco.hypergrad.table import NAMES, describe, resolve
 
 __all__ = [
     "CG",
@@ -30,5 +30,6 @@ __all__ = [
     "Response",
     "Solution",
     "Status",
+    "describe",
     "resolve",
 ]

@@ -26,6 +26,11 @@ NAMES: Final[Mapping[str, Callable[[], Method]]] = {
 }
 
 
+def describe(method: Method) -> str:
+    """The method's name for people: the one it was registered under, else its class's."""
+    return method.name if isinstance(method, Custom) else type(method).__name__
+
+
 def resolve(
     spec: Any,
     custom: Mapping[str, Any],

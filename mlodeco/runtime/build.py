@@ -68,6 +68,17 @@ class Build:
         chosen = self.methods if methods is None else methods
         return plan_sweep(self.graph, top, lambda upper, low: chosen[upper, low] is not None)
 
+    def reads_on_paths(self, name: str) -> tuple[str, ...]:
+        """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""
+        found = dict.fromkeys(self.plan(name).lowers)
+        for top in self.levels:
+            for visit in self.plan(top).visits:
+                if visit.level == name:
+                    found.update(
+                        dict.fromkeys((*visit.lowers, *((top,) if visit.feeds_top else ())))
+                    )
+        return tuple(found)
+
     def values(self, levels: Iterable[str]) -> dict[str, Tree]:
         """The current parameters of the levels, without gradients; the storage is shared."""
         return {name: frozen(self.levels[name].parameters) for name in levels}

@@ -8,44 +8,69 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.binding import Role
 from mlodeco.declare.records import LevelDeclaration
-from mlodeco.errors import DataError
+from mlodeco.errors import DataError, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.context import Context
+from mlodeco.runtime.notes import noted
 
 
 class Cursor:
-    """Iterates over a re-iterable without end and counts its epochs."""
+    """Iterates over a re-iterable without end.
+
+    Attributes:
+        epoch: passes that had ended when the newest item was drawn.
+    """
 
     def __init__(self, source: Iterable[Any], where: Where) -> None:
         self._source = source
         self._where = where
         self._iterator: Iterator[Any] | None = None
+        self._drawn = 0
         self.epoch = 0
 
     def advance(self) -> tuple[Any, bool]:
-        """The next item, and whether a pass over the data ended before it.
+        """The next item, and whether a pass over the data ends with it.
+
+        Where the data have no length, a pass is known to have ended only at the first
+        item of the next one.
 
         Raises:
             DataError: there are no items.
         """
         if self._iterator is not None:
             for item in self._iterator:
-                return item, False
-        ended = self._iterator is not None
+                self._drawn += 1
+                return item, self._is_last
+        unseen = self._iterator is not None and not self._is_last
+        self.epoch += int(self._iterator is not None)
         self._iterator = iter(self._source)
+        self._drawn = 1
         for item in self._iterator:
-            self.epoch += int(ended)
-            return item, ended
+            return item, unseen or self._is_last
         self._iterator = None
         raise self._where.error(
             "the data are empty: they gave no batch.",
             "check the data set's size; with drop_last=True a DataLoader smaller than one "
             "batch is empty.",
         )
+
+    @property
+    def finished(self) -> int:
+        """Passes that have ended, that of the newest item included."""
+        return self.epoch + int(self._is_last)
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the newest item is known to be the last of its pass."""
+        try:
+            return self._drawn == len(self._source)  # type: ignore[arg-type]
+        except TypeError:
+            return False
 
 
 class Where:
@@ -55,6 +80,9 @@ class Where:
         self._site = declaration_site
         self._level = level
         self._key = f"data[{key!r}]: " if key is not None else ""
+
+    def __str__(self) -> str:
+        return f"level {self._level!r} ({self._site})" if self._level else self._site
 
     def error(self, found: str, remedy: str) -> DataError:
         """The error, located."""
@@ -68,11 +96,17 @@ def open_source(data: Any, where: Where) -> Iterable[Any]:
         DataError: it cannot be iterated over more than once, or is one batch and not several.
     """
     is_factory = callable(data) and not isinstance(data, Iterable)
-    source = data() if is_factory else data
+    with noted("data=", where):
+        source = data() if is_factory else data
     if is_factory and isinstance(source, Iterator):
         return _Remade(data)
-    if isinstance(source, Tensor) or (
-        isinstance(source, tuple) and source and all(isinstance(part, Tensor) for part in source)
+    if isinstance(source, TensorDataset | Subset):
+        raise where.error(
+            f"data= is a {type(source).__name__}, which gives single samples and not batches.",
+            "wrap it: data=DataLoader(dataset, batch_size=32, shuffle=True).",
+        )
+    if hasattr(source, "shape") or (
+        isinstance(source, tuple) and source and all(hasattr(part, "shape") for part in source)
     ):
         raise where.error(
             "data= is one batch of tensors, which would be iterated over its parts.",
@@ -124,9 +158,15 @@ class Feed:
 
     @property
     def epoch(self) -> int:
-        """Finished passes over the data; with several loaders those of the first."""
+        """Passes ended before the newest batch; with several loaders those of the first."""
         first = next(iter(self.cursors.values()), None)
         return first.epoch if first is not None else 0
+
+    @property
+    def finished(self) -> int:
+        """Passes that have ended, that of the newest batch included."""
+        first = next(iter(self.cursors.values()), None)
+        return first.finished if first is not None else 0
 
     def advance(self) -> tuple[Any, bool]:
         """The next batch (a mapping for several loaders, None without data), and epoch ends."""
@@ -192,13 +232,13 @@ def items_for(level: BuiltLevel, batch: Any, ctx: Context) -> dict[str, Any]:
         if argument.role is Role.BATCH:
             items[argument.name] = batch
         elif argument.role is Role.DATA:
-            items[argument.name] = _entry(level, batch, argument.target)
+            items[argument.name] = _item(level, batch, argument.target)
         else:
             items[argument.name] = _part(level, batch, argument.target, declaration.fields)
     return items
 
 
-def _entry(level: BuiltLevel, batch: Any, key: str) -> Any:
+def _item(level: BuiltLevel, batch: Any, key: str) -> Any:
     if not isinstance(batch, Mapping) or key not in batch:
         raise DataError(
             f"the batch has no entry {key!r}.",
@@ -212,7 +252,15 @@ def _entry(level: BuiltLevel, batch: Any, key: str) -> Any:
 
 def _part(level: BuiltLevel, batch: Any, name: str, fields: Sequence[str]) -> Any:
     if isinstance(batch, Mapping):
-        return _entry(level, batch, name)
+        if name not in batch:
+            raise DataError(
+                f"the batch has no entry {name!r}, which fields= names.",
+                expected=f"one of its keys: {quoted(map(str, batch))}.",
+                remedy=f"name its keys in fields=.{did_you_mean(name, map(str, batch))}",
+                level=level.name,
+                site=level.site,
+            )
+        return batch[name]
     if not isinstance(batch, list | tuple) or len(batch) != len(fields):
         size = f"{len(batch)} parts" if isinstance(batch, list | tuple) else "no parts"
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.randomness import make_seed, preserved_randomness
 from mlodeco.calculus.sweep import Hypergradient, sweep
-from mlodeco.errors import BindingError, LossError, quoted
+from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
@@ -33,6 +34,11 @@ def compute_hypergradient(
     methods: Methods | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
+
+    Parameters, buffers, ``.grad``, train/eval modes, loaders and the global random streams are
+    as before. Tensors, generators and modules that a loss captures by a closure and that belong
+    to no level are outside this promise: take random numbers from ``ctx.generator``, and make
+    such modules part of a level's module.
 
     Args:
         built: the program.
@@ -79,17 +85,13 @@ def probe(built: Build, level: BuiltLevel, point: Point) -> None:
         point: where to evaluate it.
 
     Raises:
-        BindingError: it depends on a level that it does not declare.
+        BindingError: it depends on a level that it does not declare, or on captured tensors.
         LossError: it depends on none of its parameters, directly or through lower levels.
     """
     if level.is_probed:
         return
-    others = {
-        name: tuple(other.parameters.values())
-        for name, other in built.levels.items()
-        if name not in point.values
-    }
-    found = find_dependence(point, others)
+    real = {name: tuple(other.parameters.values()) for name, other in built.levels.items()}
+    found = find_dependence(point, real)
     if found.undeclared:
         names = sorted(found.undeclared)
         raise BindingError(
@@ -99,7 +101,15 @@ def probe(built: Build, level: BuiltLevel, point: Point) -> None:
             level=level.name,
             site=level.site,
         )
-    lowers = built.plan(level.name).lowers
+    if found.captured:
+        raise BindingError(
+            f"the loss reaches parameters of {quoted(sorted(found.captured))} by tensors taken "
+            "outside the function, so that their part of the derivative would be lost.",
+            remedy="use model.parameters() inside the function, not tensors taken outside it.",
+            level=level.name,
+            site=level.site,
+        )
+    lowers = built.graph.best_responses(level.name)
     if level.name not in found.declared and not found.declared.intersection(lowers):
         raise LossError(
             "the loss depends on none of the level's parameters, directly or through lower levels.",
@@ -110,7 +120,21 @@ def probe(built: Build, level: BuiltLevel, point: Point) -> None:
             level=level.name,
             site=level.site,
         )
+    _warn_of_idle_reads(built, level, found.declared)
     level.is_probed = True
+
+
+def _warn_of_idle_reads(built: Build, level: BuiltLevel, declared: frozenset[str]) -> None:
+    """Warns of reads on some hypergradient's path that carry nothing."""
+    for name in built.reads_on_paths(level.name):
+        if name not in declared:
+            warnings.warn(
+                f"level {level.name!r} ({level.site}): {level.name!r} reads {name!r} but its loss "
+                f"does not depend on it, so that the path carries nothing. Remedy: use "
+                f"{name!r} in the function, without .detach(), or take it out of the arguments.",
+                GraphWarning,
+                stacklevel=3,
+            )
 
 
 def _make_point(

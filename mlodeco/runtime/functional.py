@@ -29,6 +29,12 @@ def compute(
     built = build(program)
     top = built.levels[built.graph.known(level)]
     methods = None if hypergrad is UNSET else built.methods_for(hypergrad)
+    if batches is not None and not isinstance(batches, Mapping):
+        raise RunError(
+            f"batches= is a {type(batches).__name__}.",
+            expected="a mapping from levels to batches.",
+            remedy=f"write batches={{{level!r}: batch}}.",
+        )
     given = dict(batches or {})
     for name in given:
         if name not in built.levels:
@@ -56,7 +62,7 @@ def _batches_of(level: BuiltLevel, given: Mapping[str, Any]) -> tuple[Any, ...]:
         batch = given[level.name]
         if count == 1:
             return (batch,)
-        if not isinstance(batch, list | tuple) or len(batch) != count:
+        if not isinstance(batch, list) or len(batch) != count:
             raise RunError(
                 f"batches[{level.name!r}] is not a list of accumulate={count} micro-batches.",
                 remedy=f"pass a list of {count} batches for the level.",

@@ -58,11 +58,6 @@ class History:
         self.steps: list[StepRecord] = []
         self.validations: list[ValidationRecord] = []
 
-    def add(self, tick: Tick) -> None:
-        """Appends the records of a tick."""
-        self.steps.extend(tick.steps)
-        self.validations.extend(tick.validations)
-
     def of(self, level: str) -> list[StepRecord]:
         """The steps of one level."""
         return [record for record in self.steps if record.level == level]
@@ -79,17 +74,25 @@ class History:
         """The steps as flat dictionaries, for a table."""
         for record in self.steps:
             yield {
+                **record.metrics,
                 "tick": record.tick,
                 "level": record.level,
                 "step": record.step,
                 "loss": record.loss,
                 "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate,
-                **record.metrics,
             }
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def __repr__(self) -> str:
+        last = {record.level: f"{record.loss:.4g}" for record in self.steps}
+        losses = ", ".join(f"{level} {loss}" for level, loss in last.items())
+        return (
+            f"<History: {len(self.steps)} steps, {len(self.validations)} validations; "
+            f"last losses: {losses or 'none'}>"
+        )
 
 
 def as_number(value: Any) -> Any:

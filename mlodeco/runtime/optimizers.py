@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlodeco.errors import OptimizerError, quoted
 from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.notes import noted
 
 
 def make_optimizer(level: BuiltLevel) -> Optimizer:
@@ -28,11 +29,12 @@ def make_optimizer(level: BuiltLevel) -> Optimizer:
     if isinstance(given, Optimizer):
         optimizer = given
     elif callable(given):
-        made = (
-            given(module=level.module)
-            if _takes_module(given)
-            else given(list(level.parameters.values()))
-        )
+        with noted("optimizer=", f"level {level.name!r} ({level.site})"):
+            made = (
+                given(module=level.module)
+                if _takes_module(given)
+                else given(list(level.parameters.values()))
+            )
         if not isinstance(made, Optimizer):
             raise _error(
                 level,
@@ -63,13 +65,15 @@ def make_scheduler(level: BuiltLevel, optimizer: Optimizer) -> LRScheduler | Non
     factory = level.declaration.scheduler
     if factory is None:
         return None
-    scheduler: Any = factory(optimizer)
+    with noted("scheduler=", f"level {level.name!r} ({level.site})"):
+        scheduler: Any = factory(optimizer)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise _error(
             level,
             "ReduceLROnPlateau steps by a metric, and a scheduler here steps once per own "
             "optimizer step.",
-            "step it in a hook: @on('validate').",
+            "use another scheduler, or step it yourself in a hook: "
+            f"@on('loop_end', level={level.name!r}) is offered the optimizer.",
         )
     if not isinstance(scheduler, LRScheduler):
         raise _error(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from mlodeco.calculus.sweep import Solve
 from mlodeco.errors import SolverWarning
+from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build
 
 
@@ -18,7 +19,7 @@ def warn_of_trouble(built: Build, solves: Iterable[Solve]) -> None:
         if status.is_trouble and status not in level.reported:
             level.reported.add(status)
             warnings.warn(
-                f"level {solve.level!r} ({level.site}): {type(solve.method).__name__} after "
+                f"level {solve.level!r} ({level.site}): {describe(solve.method)} after "
                 f"{solve.solution.steps} steps, residual {solve.solution.residual:.3g}: "
                 f"{status.value}.",
                 SolverWarning,

@@ -12,9 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
+from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
-from mlodeco.errors import RunError
+from mlodeco.errors import MlodecoError, RunError, quoted
 from mlodeco.graph import Schedule, Timing
+from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.engine import compute_hypergradient, muted_context, probe_level
@@ -89,6 +91,8 @@ class Runner:
         accelerator: Accelerator | None = None,
     ) -> None:
         registry = program if program is not None else current_registry()
+        if registry is not None and not isinstance(registry, Registry):
+            raise RunError(f"program={program!r} is not a Program.", remedy="pass a Program.")
         if registry is None:
             raise RunError("there is no program.", remedy="pass program=, or use 'with Program()'.")
         if seed is not None:
@@ -116,6 +120,7 @@ class Runner:
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
+        self._asked: dict[str, bool] = {}
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -130,6 +135,8 @@ class Runner:
         """
         check_steps(steps)
         self._stop_reason = None
+        for validation in self._validations:
+            validation.without_best = 0
         try:
             for listener in self.listeners:
                 listener.on_start(self, steps)
@@ -139,11 +146,11 @@ class Runner:
                 self.step()
             final = tuple(self._validate(final=True))
             if final:
-                self._record(Tick(self.tick, (), final))
+                self._tell(Tick(self.tick, (), final))
             result = Result(
                 self.history,
                 self._best,
-                self._stop_reason or f"all {steps} steps were run",
+                self._stop_reason or f"all {steps} steps were run{self._never_stepped()}",
                 self.tick,
             )
             self._fire_run("run_end", history=self.history)
@@ -158,25 +165,34 @@ class Runner:
     def step(self) -> Tick:
         """One tick: levels without lower levels step, then those whose turn has come.
 
-        If a user's function raises, the level that was at it is as before its step.
+        If a user's function raises, the level that was at it is as before its step, and the
+        next call goes on with the same tick from there. Fires neither ``run_start`` nor
+        ``run_end``, which belong to :meth:`run`.
         """
-        self._steps = []
         self.built.tick = self.tick + 1
         graph = self.built.graph
         leaves = [name for name in graph.levels if not graph.lower[name]]
         uppers = [name for name in graph.order if graph.lower[name]]
-        stepped = [name for name in leaves if self._take_turn(name)]
-        stepped += [name for name in uppers if self._take_turn(name)]
-        self._roll_back_below(stepped)
+        for name in (*leaves, *uppers):
+            if name not in self._asked:
+                turned = self._take_turn(name)
+                self._asked[name] = turned
+        self._roll_back_below([name for name, turned in self._asked.items() if turned])
         self.tick += 1
-        tick = Tick(self.tick, tuple(self._steps), tuple(self._validate()))
-        self._record(tick)
+        steps, self._steps, self._asked = tuple(self._steps), [], {}
+        tick = Tick(self.tick, steps, tuple(self._validate()))
+        self._tell(tick)
         return tick
 
-    def _record(self, tick: Tick) -> None:
-        self.history.add(tick)
+    def _tell(self, tick: Tick) -> None:
         for listener in self.listeners:
             listener.on_tick(tick)
+
+    def _never_stepped(self) -> str:
+        idle = [name for name, count in self._schedule.steps.items() if not count]
+        if not idle:
+            return ""
+        return f"; {quoted(idle)} never had a turn: its lower levels' inner loops are longer"
 
     def _take_turn(self, name: str) -> bool:
         if not self._schedule.is_due(name):
@@ -218,7 +234,7 @@ class Runner:
             solves=tuple(
                 (
                     s.level,
-                    type(s.method).__name__,
+                    describe(s.method),
                     s.solution.steps,
                     s.solution.residual,
                     s.solution.status.value,
@@ -227,13 +243,14 @@ class Runner:
             ),
         )
         self._steps.append(record)
+        self.history.steps.append(record)
         self._finish_step_events(name, ctx, extras, ended)
         record.metrics.update(ctx.logged)
 
     def _finish_step_events(
         self, name: str, ctx: Context, extras: dict[str, Any], ended: bool
     ) -> None:
-        ctx.step, ctx.epoch = self._schedule.steps[name], self._trainers[name].epoch
+        ctx.step, ctx.epoch = self._schedule.steps[name], self._trainers[name].finished_epochs
         self._fire("after_step", name, ctx, **extras)
         if ended:
             self._fire("epoch_end", name, ctx)
@@ -293,6 +310,8 @@ class Runner:
             return
         ctx = self._context(name)
         ctx.step -= 1
+        ctx.epoch = trainer.epoch
+        ctx.epoch = trainer.epoch
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             found = self._differentiate(name, batches, ctx)
             extras = self._extras(trainer, found, batches, ctx)
@@ -323,7 +342,9 @@ class Runner:
                 )
             self._hooks.fire("validate", ctx=ctx, metrics=metrics)
             self._stop_reason = self._stop_reason or ctx.stop_reason
-            yield ValidationRecord(self.tick, metrics)
+            record = ValidationRecord(self.tick, {**metrics, **_numbers(ctx.logged)})
+            self.history.validations.append(record)
+            yield record
 
     def _context(self, name: str | None) -> Context:
         if name is None:
@@ -334,7 +355,7 @@ class Runner:
             level=name,
             tick=self.built.tick,
             step=self._schedule.steps[name],
-            epoch=self._trainers[name].epoch,
+            epoch=self._trainers[name].finished_epochs,
             device=self._accelerator.device,
             generator=self._generators[name],
             accelerator=self._accelerator,
@@ -384,7 +405,8 @@ def _located(trainer: Trainer, tick: int) -> Iterator[None]:
         yield
     except Exception as error:
         level = trainer.level
-        error.add_note(f"in level {level.name!r} ({level.site}), tick {tick}")
+        where = "" if isinstance(error, MlodecoError) else f"level {level.name!r} ({level.site}), "
+        error.add_note(f"in {where}tick {tick}")
         raise
 
 
@@ -398,7 +420,8 @@ def check_steps(steps: object) -> None:
     Raises:
         RunError: it is not.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    number = as_integer(steps)
+    if number is None or number < 1:
         raise RunError(
             f"steps={steps!r}.",
             expected="a positive integer, the number of ticks.",
@@ -425,6 +448,11 @@ def _make_accelerator(given: Accelerator | None) -> Accelerator:
         raise RunError(
             "this is one of several processes, which this version does not run.",
             remedy="start the script with python, in one process.",
+        )
+    if given is not None and not isinstance(given, Accelerator):
+        raise RunError(
+            f"accelerator={given!r} is not an Accelerator.",
+            remedy="pass an accelerate.Accelerator, or leave it out.",
         )
     accelerator = Accelerator() if given is None else given
     if accelerator.mixed_precision != "no":

@@ -46,8 +46,13 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """Finished passes over the data."""
+        """Passes over the data that had ended when the newest batch was drawn."""
         return self._feed.epoch
+
+    @property
+    def finished_epochs(self) -> int:
+        """Passes over the data that have ended, that of the newest batch included."""
+        return self._feed.finished
 
     @property
     def learning_rate(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,13 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from mlodeco.errors import RunError, did_you_mean, quoted
-from mlodeco.runtime import Listener, Result, Runner, StepRecord, Tick, ValidationRecord
+from mlodeco.runtime import Listener, Result, Runner, StepRecord, Tick
 
-FORMS = ("auto", "live", "plain", "off")
+Form = Literal["auto", "live", "plain", "off"]
 """What ``progress=`` may be."""
 
+FORMS = get_args(Form)
+"""The same at run time."""
+
 _PLAIN_LINES = 10
-_SMOOTHING = 0.9
 
 
 def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
@@ -42,25 +44,23 @@ def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
 
 
 class _Latest:
-    """The newest record of each level, with its loss smoothed."""
+    """The newest record of each level and the newest value of each validation metric."""
 
     def __init__(self) -> None:
         self.records: dict[str, StepRecord] = {}
-        self.losses: dict[str, float] = {}
-        self.validation: ValidationRecord | None = None
+        self.values: dict[str, tuple[float, int]] = {}
 
     def update(self, tick: Tick) -> None:
         for record in tick.steps:
-            old = self.losses.get(record.level, record.loss)
-            self.losses[record.level] = _SMOOTHING * old + (1 - _SMOOTHING) * record.loss
             self.records[record.level] = record
-        if tick.validations:
-            self.validation = tick.validations[-1]
+        for validation in tick.validations:
+            for name, value in validation.metrics.items():
+                self.values[name] = (value, validation.tick)
 
     def metrics(self) -> str:
-        if self.validation is None:
-            return ""
-        return "  ".join(f"{key} {value:.4g}" for key, value in self.validation.metrics.items())
+        return "  ".join(
+            f"{name} {value:.4g} (at {tick})" for name, (value, tick) in self.values.items()
+        )
 
 
 class PlainDisplay:
@@ -73,6 +73,7 @@ class PlainDisplay:
         self._first = 0
         self._steps = 0
         self._started = 0.0
+        self._last = ""
 
     def on_start(self, runner: Runner, steps: int) -> None:
         """Notes the start."""
@@ -84,21 +85,26 @@ class PlainDisplay:
         """Prints a line at every tenth of the run."""
         self._latest.update(tick)
         done = tick.tick - self._first
-        if tick.steps and (done % self._every == 0 or done == self._steps):
-            losses = "  ".join(f"{k} {v:.4g}" for k, v in self._latest.losses.items())
-            metrics = self._latest.metrics()
-            tail = f"  |  {metrics}" if metrics else ""
-            self._print(f"step {done}/{self._steps}  {losses}{tail}")
-        elif tick.validations and not tick.steps:
-            self._print(f"validation at the end  |  {self._latest.metrics()}")
+        line = self._line(done)
+        if tick.steps and done % self._every == 0:
+            self._print(line)
+            self._last = line
 
     def on_end(self, result: Result) -> None:
-        """Says why the run ended."""
+        """Prints the last state, if it is news, and says why the run ended."""
         seconds = time.monotonic() - self._started
+        line = self._line(result.ticks - self._first)
+        if line != self._last:
+            self._print(line)
         self._print(f"{result.stop_reason}, {seconds:.1f} s")
 
     def on_error(self) -> None:
         """Nothing is open."""
+
+    def _line(self, done: int) -> str:
+        losses = "  ".join(f"{k} {r.loss:.4g}" for k, r in self._latest.records.items())
+        metrics = self._latest.metrics()
+        return f"step {done}/{self._steps}  {losses}" + (f"  |  {metrics}" if metrics else "")
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
@@ -152,16 +158,15 @@ class LiveDisplay:
         for title in ("level", "step", "loss", "gradient", "rate", "solve"):
             table.add_column(title, justify="left" if title == "level" else "right")
         for name, record in list(self._latest.records.items()):
-            cells = _cells(name, record, self._latest.losses[name])
+            cells = _cells(name, record)
             table.add_row(*(Text(cell) for cell in cells))
         parts: list[Any] = [self._bar, table]
-        if self._latest.validation is not None:
-            tick = self._latest.validation.tick
-            parts.append(Text(f"validation at {tick}: {self._latest.metrics()}"))
+        if self._latest.values:
+            parts.append(Text(f"validation: {self._latest.metrics()}"))
         return Group(*parts)
 
 
-def _cells(name: str, record: StepRecord, loss: float) -> tuple[str, ...]:
+def _cells(name: str, record: StepRecord) -> tuple[str, ...]:
     solve = ""
     if record.solves:
         _, method, steps, residual, _ = record.solves[-1]
@@ -170,7 +175,7 @@ def _cells(name: str, record: StepRecord, loss: float) -> tuple[str, ...]:
     return (
         name,
         str(record.step),
-        f"{loss:.4g}",
+        f"{record.loss:.4g}",
         f"{record.grad_norm:.2e}",
         f"{record.learning_rate:.2g}",
         solve,

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.autograd_graph import walk_graph
+from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.tree import Tree

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mlodeco.declare.records import UNSET, Unset
 from mlodeco.declare.registry import Registry, current_registry
+from mlodeco.hypergrad import describe
 from mlodeco.runtime import Accelerator, Result, Runner, build
 from mlodeco.runtime.functional import compute
 from mlodeco.runtime.runner import check_steps
-from mlodeco.show import GraphView, make_display
+from mlodeco.show import Form, GraphView, make_display
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,10 +34,13 @@ class Program(Registry):
         return built.levels[built.graph.known(name)].module
 
     def graph(self) -> GraphView:
-        """The dataflow graph: ``edges``, ``order``, ``paths(level)``; ``print`` draws it."""
+        """The dataflow graph: ``edges``, ``order``, ``paths(level)``; ``print`` draws it.
+
+        Builds the modules that have not been: which levels share parameters decides on edges.
+        """
         built = build(self)
         words = {
-            edge: "direct gradient only" if method is None else type(method).__name__
+            edge: "direct gradient only" if method is None else describe(method)
             for edge, method in built.methods.items()
         }
         return GraphView(built.graph, words)
@@ -76,7 +80,7 @@ def _of_current(method: Callable[Concatenate[Program, P], R]) -> Callable[P, R]:
 
 level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
-validate = _of_current(Program.validate)  # type: ignore[arg-type]
+validate = _of_current(Program.validate)
 method = _of_current(Program.method)
 
 
@@ -85,7 +89,7 @@ def run(
     *,
     program: Program | None = None,
     seed: int | None = None,
-    progress: str = "auto",
+    progress: Form = "auto",
     accelerator: Accelerator | None = None,
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
@@ -97,7 +101,8 @@ def run(
     Args:
         steps: ticks.
         program: the program; default: the current one.
-        seed: seeds torch, ``random`` and NumPy before modules are built.
+        seed: seeds torch, ``random`` and NumPy before modules are built; those that a look at
+            the graph or an earlier run has built stay as they are.
         progress: ``"auto"``, ``"live"``, ``"plain"`` or ``"off"``.
         accelerator: an Accelerator to use; default: a new one.
 
