@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -36,8 +35,7 @@ def make(low=None, top=None, *, low_function=None, top_function=None):
         "low",
         module=one(),
         optimizer=partial(SGD, lr=0.1),
-        data=[randn(2, seed=i) for i in range(3)],
-        **(low or {}),
+        **{"data": [randn(2, seed=i) for i in range(3)], **(low or {})},
     )(low_function or low_loss)
     program.level(
         "top",
@@ -87,8 +85,11 @@ def test_order_of_events():
     assert seen == wanted
 
 
-def test_epoch_end_once_a_pass():
-    program = make()
+@pytest.mark.parametrize("sized", [True, False])
+def test_epoch_end_with_the_last_batch_where_there_is_a_length(sized):
+    """Else with the first batch of the next pass."""
+    items = [randn(2, seed=i) for i in range(3)]
+    program = make({"data": items if sized else lambda: iter(items)})
     seen = []
 
     @program.on("epoch_end", level="low")
@@ -96,32 +97,33 @@ def test_epoch_end_once_a_pass():
         seen.append((ctx.step, ctx.epoch))
 
     run(program, 10)
-    assert [epoch for _, epoch in seen] == [1, 2, 3]
-    steps = [step for step, _ in seen]
-    assert all(b - a == 3 for a, b in pairwise(steps))
+    assert seen == [(s if sized else s + 1, e) for s, e in ((3, 1), (6, 2), (9, 3))]
 
 
-def test_epoch_of_the_context_counts_finished_passes():
-    epochs = []
+@pytest.mark.parametrize("sized", [True, False])
+def test_epoch_of_the_context_is_that_of_the_batch_and_then_counts_finished_passes(sized):
+    items = [randn(2, seed=i) for i in range(3)]
+    inside, before, after = [], [], []
 
     def low(m, batch, top, ctx):
-        epochs.append(ctx.epoch)
+        inside.append(ctx.epoch)
         return ((m.x - top.x - batch) ** 2).sum()
 
-    program = make(low_function=low)
-    before = []
+    program = make({"data": items if sized else lambda: iter(items)}, low_function=low)
 
     @program.on("before_step", level="low")
     def look(ctx):
         before.append(ctx.epoch)
-        epochs.clear()
+        inside.clear()
 
     @program.on("after_backward", level="low")
     def check(ctx):
-        assert set(epochs) == {before[-1]}
+        assert inside[-1] == before[-1]
 
+    program.on("after_step", level="low")(lambda ctx: after.append(ctx.epoch))
     run(program, 7)
     assert before == [0, 0, 0, 1, 1, 1, 2]
+    assert after == ([0, 0, 1, 1, 1, 2, 2] if sized else before)
 
 
 def test_loop_events_follow_inner_steps():

@@ -1003,6 +1003,39 @@ def test_an_exception_leaves_the_random_numbers_as_before_the_step():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_next_step_goes_on_where_an_exception_left_the_tick():
+    low, top = batches(3, seed=1), batches(3, seed=2)
+    whole, broken = bilevel(low, top), bilevel(low, top)
+    run(whole, 4)
+    faults = [ValueError("mine")]
+
+    @broken.on("after_step", level="low")
+    def keep(ctx):
+        steps.append((ctx.tick, ctx.step))
+
+    @broken.on("loop_start", level="top")
+    def fail(ctx):
+        if faults:
+            raise faults.pop()
+
+    steps = []
+    runner = Runner(broken)
+    with pytest.raises(ValueError, match="mine"):
+        runner.step()
+    assert runner.tick == 0
+    assert len(runner.history.of("low")) == 1
+    tick = runner.step()
+    assert [(r.tick, r.level) for r in tick.steps] == [(1, "low"), (1, "top")]
+    runner.run(3)
+    assert steps == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert_same_bits(state(whole), state(broken))
+
+
+def test_a_level_that_never_had_its_turn_is_named_at_the_end():
+    result = run(bilevel(batches(1), batches(1), low_inner_steps=5), 4)
+    assert "'top' never" in result.stop_reason
+
+
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     program = bilevel(batches(1), batches(1))

@@ -593,3 +593,44 @@ def test_trilevel_rollback(where):
             restore(1, trio.h)
             trio.mid(draw=False)
     trio.equals(program)
+
+
+def test_a_rolled_back_step_that_raises_leaves_the_level_as_it_was():
+    calls = []
+    program = Program()
+
+    @program.level(
+        "low",
+        module={"x": torch.ones(1, dtype=torch.float64)},
+        optimizer=partial(SGD, lr=0.1, momentum=0.9),
+        rollback=True,
+    )
+    def low(m, top):
+        calls.append(m.x.item())
+        if len(calls) == fail_at:
+            raise ValueError("in the repeated step")
+        return ((m.x - top.x) ** 2).sum()
+
+    @program.level(
+        "top",
+        lower=["low"],
+        module={"x": torch.zeros(1, dtype=torch.float64)},
+        optimizer=partial(SGD, lr=0.1),
+        hypergrad=Neumann(num_terms=1, step_size=0.1),
+    )
+    def top(m, low):
+        return (low.x**2).sum()
+
+    fail_at = 0
+    runner = mlodeco.Runner(program, seed=0)
+    runner.step()
+    calls.clear()
+    runner.step()
+    fail_at = len(calls)  # the last call of a tick is the repeated step
+    calls.clear()
+    with pytest.raises(ValueError, match="repeated step"):
+        runner.step()
+    assert program.module("low").x.item() != calls[0]
+    momentum = runner._trainers["low"].optimizer.state_dict()["state"][0]["momentum_buffer"]
+    moved = calls[0] - program.module("low").x.item()
+    assert moved == pytest.approx(0.1 * momentum.item(), abs=1e-12)

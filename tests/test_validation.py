@@ -211,6 +211,19 @@ def test_patience():
     assert result.history.metric("m") == values[:8]
 
 
+def test_patience_starts_again_with_each_run_of_a_runner():
+    runner = Runner(fed([1.0, 2.0, 2.0, 2.0, 2.0, 0.5], monitor="m", patience=2))
+    assert runner.run(10).ticks == 3
+    assert runner.run(10).ticks == 5
+    assert runner.run(1).best.value == 0.5
+
+
+def test_what_a_validation_logs_is_in_its_record():
+    program = make()
+    program.validate(lambda ctx: ctx.log(extra=torch.ones(())) or {"m": 0.0})
+    assert run(program, 1).history.validations[0].metrics == {"m": 0.0, "extra": 1.0}
+
+
 def test_patience_counts_validations_and_not_ticks():
     result = run(fed([1.0, 1.0, 1.0, 1.0], monitor="m", patience=2, every=4), 30)
     assert result.ticks == 12

@@ -387,7 +387,7 @@ class Registry:
     def _add_level(self, declaration: LevelDeclaration, check: Checker) -> None:
         name = declaration.name
         taken = self.levels.get(name)
-        replaces = taken is not None and _replaces(declaration.site, taken.site)
+        replaces = taken is not None and declaration.site.interactive and taken.site.interactive
         if taken is not None and not replaces:
             raise check.error(
                 f"the level {name!r} is declared twice, first at {taken.site}.",

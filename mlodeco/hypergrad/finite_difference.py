@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import Difference
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.hypergrad.options import check_number
+from mlodeco.hypergrad.options import Options, check_number
 from mlodeco.tree import Tree, norm, scale, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
-class FiniteDifference:
+class FiniteDifference(Options):
     """``v = scale * b`` and ``cross^T v`` by a central difference of first-order gradients.
 
     ``cross^T v ~ (dC/dlambda(w + h v) - dC/dlambda(w - h v)) / 2h`` on copies of w, with the

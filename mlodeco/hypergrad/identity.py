@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.hypergrad.options import check_number, check_product
+from mlodeco.hypergrad.options import Options, check_number, check_product
 from mlodeco.tree import Tree, norm, scale, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class Identity(Options):
     """``v = scale * b``: the inverse Hessian taken as ``scale`` times the identity (T1-T2).
 
     Exact if ``H = I / scale``; otherwise the direction is biased towards directions of high

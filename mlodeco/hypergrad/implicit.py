@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.hypergrad.options import check_number, check_product
+from mlodeco.hypergrad.options import Options, check_number, check_product
 from mlodeco.tree import Tree, add, norm, restrict, zeros_like
 
 MatVec = Callable[[Tree], Tree]
@@ -17,7 +17,7 @@ MatVec = Callable[[Tree], Tree]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Implicit(ABC):
+class Implicit(Options, ABC):
     """An implicit method: ``v`` near ``(H + damping I)^-1 b``, then ``cross^T v``.
 
     Parameters that the lower loss does not touch get ``v = 0`` and do not enter the solve.

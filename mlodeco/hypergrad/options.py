@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import Any, Self
 
 from mlodeco.calculus.products import PRODUCTS
 from mlodeco.errors import MethodError, did_you_mean, quoted
+
+
+class Options:
+    """Base of the methods' records: refuses options that a method does not have, by name."""
+
+    def __new__(cls, *values: object, **options: object) -> Self:
+        """Checks the names; the record's own ``__init__`` takes the values.
+
+        Raises:
+            MethodError: an option is unknown or given by position.
+        """
+        record: Any = cls
+        known = [field.name for field in fields(record) if field.init]
+        wrong = next((name for name in options if name not in known), None)
+        if wrong is not None or values:
+            found = f"has no option {wrong!r}" if values == () else f"was given {values!r} unnamed"
+            raise MethodError(
+                f"{cls.__name__} {found}.",
+                expected=f"options by name: {quoted(known)}.",
+                remedy=f"correct it.{did_you_mean(wrong or '', known)}",
+            )
+        return super().__new__(cls)
 
 
 def check_count(method: object, option: str, value: object, least: int = 1) -> None:

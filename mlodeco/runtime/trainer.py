@@ -160,15 +160,22 @@ class Trainer:
             self._generator_before = generator.get_state()
 
     def roll_back(self, generator: torch.Generator, step: Callable[[], None]) -> None:
-        """Goes back to the start of the inner loop and repeats its last step as it was drawn."""
+        """Goes back to the start of the inner loop and repeats its last step as it was drawn.
+
+        If the step raises, the level is as it was before.
+        """
         if self._snapshot is None:
             return
+        present = _Snapshot(self)
         self._snapshot.restore(self)
         now, generator_now = SavedRandomness(), generator.get_state()
         self._before_last_step.restore()
         generator.set_state(self._generator_before)
         try:
             step()
+        except BaseException:
+            present.restore(self)
+            raise
         finally:
             now.restore()
             generator.set_state(generator_now)
