@@ -14,6 +14,9 @@ from torch import Tensor
 
 Tree = dict[str, Tensor]
 
+_LARGE = 1_000_000
+"""Inner products of more numbers are not worth a copy in double precision."""
+
 
 def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
     """``factor * tree``."""
@@ -36,28 +39,29 @@ def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float =
     return result
 
 
-def total(trees: Iterable[Mapping[str, Tensor]]) -> Tree:
-    """The sum of the trees."""
-    result: Tree = {}
-    for tree in trees:
-        result = add(result, tree)
-    return result
-
-
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """The inner product over the common keys."""
-    pairs = [(left[key], right[key]) for key in left if key in right]
-    if not pairs:
-        return 0.0
-    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]
-    return float(torch.stack(parts).sum())
+    """The inner product over the common keys, accumulated as :func:`norm` does."""
+    parts = [_dot(left[key].reshape(-1), right[key].reshape(-1)) for key in left if key in right]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    wide = _wide(a)
+    narrow = torch.promote_types(a.dtype, torch.float32) if a.numel() > _LARGE else wide
+    return torch.dot(a.to(narrow), b.to(narrow)).to(wide)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """A dtype in which squares of the entries neither overflow nor vanish."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
-    """The Euclidean norm of all the entries together."""
+    """The Euclidean norm of all the entries together, accumulated in double precision."""
     if not tree:
         return 0.0
-    parts = torch._foreach_norm(list(tree.values()))
+    values = list(tree.values())
+    parts = torch._foreach_norm(values, 2, dtype=_wide(values[0]))
     return float(torch.linalg.vector_norm(torch.stack(parts)))
 
 
@@ -86,6 +90,6 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     sizes = [value.numel() for value in like.values()]
     parts = vector.split(sizes)
     return {
-        key: part.reshape(value.shape)
+        key: part.reshape(value.shape).to(value.dtype)
         for (key, value), part in zip(like.items(), parts, strict=True)
     }

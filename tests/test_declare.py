@@ -316,11 +316,12 @@ class TestRedeclaration:
                 prompt.enter(CELL.format(factor=5.0))
         assert (dict(program.levels), program.version) == before
 
-    def test_at_a_prompt_under_another_name_is_an_error(self, program):
+    def test_at_a_prompt_replaces_a_level_whatever_its_function_is_called(self, program):
         prompt = Prompt(program=program, module=vector)
         prompt.enter(CELL.format(factor=1.0))
-        with pytest.raises(DeclarationError, match="declared twice, first at <stdin>"):
+        with pytest.warns(RedeclarationWarning, match="'low'"):
             prompt.enter(CELL.format(factor=1.0).replace("lower", "another"))
+        assert program.levels["low"].function.__name__ == "another"
 
     def test_in_a_module_is_an_error(self, program):
         declare_pair(program)

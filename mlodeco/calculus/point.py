@@ -20,12 +20,12 @@ class Decisions:
     """How products of one level are taken, found out at first use and then kept.
 
     ``late`` says, for a set of reads, whether they enter the loss late;
-    ``is_twice_differentiable`` whether the graph of the gradient holds no dead end. ``hessian``
-    and ``cross`` name the mode that worked after one without a rule for some operation.
+    ``touched`` names the own parameters that the loss depends on. ``hessian`` and ``cross`` name
+    the mode that worked after one without a rule for some operation.
     """
 
     late: dict[tuple[str, ...], bool] = field(default_factory=dict)
-    is_twice_differentiable: bool | None = None
+    touched: frozenset[str] | None = None
     hessian: str | None = None
     cross: dict[tuple[str, ...], str] = field(default_factory=dict)
 

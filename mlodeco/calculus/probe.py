@@ -27,11 +27,13 @@ class Dependence:
         captured: those of them whose real parameters it reached past its modules, such as
             by a list of tensors made outside the function.
         undeclared: others, whose real parameters it reached by a closure or a global.
+        touched: the level's own parameters that it depends on.
     """
 
     declared: frozenset[str]
     captured: frozenset[str]
     undeclared: frozenset[str]
+    touched: frozenset[str]
 
 
 def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) -> Dependence:
@@ -70,7 +72,9 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) ->
             raise _refusal(loss.level, loss.site, f"changes {what} in place", remedy)
     declared = frozenset(copies[leaf] for leaf in reached if leaf in copies)
     others = frozenset(real[leaf] for leaf in reached if leaf in real)
-    return Dependence(declared, others & set(values), others - set(values))
+    own = values.get(loss.level, {})
+    touched = frozenset(key for key, tensor in own.items() if id(tensor) in reached)
+    return Dependence(declared, others & set(values), others - set(values), touched)
 
 
 class _Watch:

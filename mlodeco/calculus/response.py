@@ -17,7 +17,9 @@ class Status(Enum):
     CONVERGED = "converged to its tolerance"
     TRUNCATED = "stopped after its fixed number of terms, as asked"
     MAX_STEPS = "stopped at max_steps before its tolerance: raise max_steps or loosen rtol"
-    DIVERGING = "the terms of the series grow: add damping against negative curvature, or lower step_size"
+    DIVERGING = (
+        "the terms of the series grow: add damping against negative curvature, or lower step_size"
+    )
     INDEFINITE = "met a direction without positive curvature: add damping, or use another method"
     SINGULAR = "the system is singular, solved in the least-squares sense: add damping"
 

@@ -132,6 +132,11 @@ class StatelessLoss:
         self._slots = (*self._parameters, *self.buffers, *self._empty)
         self.sees = tuple(dict.fromkeys(s.owner[0] for s in self._parameters if s.owner))
 
+    @property
+    def has_backward_hooks(self) -> bool:
+        """Whether a module has hooks that act in backward passes, and not in forward mode."""
+        return any(child._backward_hooks or child._backward_pre_hooks for child in self._children)
+
     def tensors(self) -> list[Tensor]:
         """The real parameters in the slots."""
         return [slot.tensor for slot in self._parameters]

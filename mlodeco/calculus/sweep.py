@@ -7,10 +7,12 @@ responses that read the top level are added up. Choe et al., ICLR 2023, arXiv:22
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlodeco.calculus.point import LowerProblem, Point
@@ -36,7 +38,6 @@ class Hypergradient:
 
     Attributes:
         gradient: direct plus indirect term; parameters that neither touches are left out.
-        direct: the direct term alone.
         loss: the loss, averaged over micro-batches.
         metrics: what the loss function returned beside it, for the last micro-batch.
         solves: the linear solves made, in their order.
@@ -44,7 +45,6 @@ class Hypergradient:
     """
 
     gradient: Tree
-    direct: Tree
     loss: float
     metrics: dict[str, Any]
     solves: tuple[Solve, ...]
@@ -91,7 +91,6 @@ def sweep(
                     pending.add(target, methods[visit.level, target], tree, -1.0)
     return Hypergradient(
         gradient=add(first.direct, indirect),
-        direct=first.direct,
         loss=first.loss,
         metrics=first.metrics,
         solves=tuple(solves),
@@ -144,7 +143,7 @@ class _Cotangents:
     def add(self, level: str, method: Method, tree: Tree, factor: float) -> None:
         groups = self._by_level.setdefault(level, [])
         for number, (other, cotangent) in enumerate(groups):
-            if other is method or other == method:
+            if _are_same(other, method):
                 groups[number] = (other, add(cotangent, tree, factor))
                 return
         groups.append((method, add({}, tree, factor)))
@@ -153,9 +152,16 @@ class _Cotangents:
         return self._by_level.get(level, [])
 
 
+def _are_same(left: Method, right: Method) -> bool:
+    """Whether two methods do the same; a user's own are not compared by their contents."""
+    kind = type(left)
+    is_known = kind is type(right) and kind.__module__.startswith("mlodeco.hypergrad.")
+    return left is right or (is_known and left == right)
+
+
 def _require_finite_tree(tree: Tree, problem: LowerProblem, what: str) -> None:
     size = norm(tree)
-    if size - size == 0.0:
+    if math.isfinite(size) or all(bool(torch.isfinite(t).all()) for t in tree.values()):
         return
     raise NonFiniteError(
         f"{what} is not finite (its norm is {size}).",

@@ -139,8 +139,7 @@ def _refuse_unmatched(
         expected=f"one of {quoted(known)}; the level's own module is the first argument or named "
         f"{declaration.name!r}.",
         remedy="rename the argument, declare a level of that name, map it by "
-        f"reads={{{parameter.name!r}: 'level'}}, or give it a default of its own; the level's "
-        f"own module is the first argument or the one named {declaration.name!r}."
+        f"reads={{{parameter.name!r}: 'level'}}, or give it a default of its own."
         f"{did_you_mean(parameter.name, known)}",
         level=declaration.name,
         site=str(declaration.site),

@@ -14,7 +14,7 @@ from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.tree import Tree
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # a solver may hold tensors
 class Custom(Implicit):
     """``v = solver(matvec, b)``, with trees for vectors.
 

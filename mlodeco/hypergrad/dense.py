@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.errors import MethodError
@@ -12,15 +13,17 @@ from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.options import check_count
 from mlodeco.tree import Tree, flatten, unflatten
 
-_SINGULAR_RESIDUAL = 1e-6
+_LARGEST_TOLERANCE = 0.01
+"""Of a singular value that counts as zero, relative to the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Implicit):
     """Builds H column by column and solves ``(H + damping I) x = b`` by LU.
 
-    Exact to rounding, for any regular H, symmetric or not; a singular one is solved in the
-    least-squares sense with the smallest norm. Cost for d touched parameters: d Hessian
+    Exact to rounding of the products, for any regular H, symmetric or not; the system is solved
+    in double precision. A singular one is solved in the least-squares sense with the smallest
+    norm: singular values below ``d * eps`` of the largest count as zero. Cost for d touched parameters: d Hessian
     products, one cross product, d^2 numbers of memory and d^3 operations.
 
     Attributes:
@@ -54,15 +57,25 @@ class Dense(Implicit):
             )
         basis = torch.eye(size, dtype=vector.dtype, device=vector.device)
         matrix = torch.stack([flatten(matvec(unflatten(e, b))) for e in basis], dim=1)
-        x, info = torch.linalg.solve_ex(matrix, vector)
-        residual = _residual(matrix, x, vector)
-        status = Status.CONVERGED
-        if int(info) != 0 or not residual <= _SINGULAR_RESIDUAL:
-            x = torch.linalg.pinv(matrix) @ vector
-            residual = _residual(matrix, x, vector)
-            status = Status.SINGULAR
-        return Solution(unflatten(x, b), size, residual, status)
+        tolerance = min(size * torch.finfo(vector.dtype).eps, _LARGEST_TOLERANCE)
+        wide_matrix, wide_vector = _widened(matrix), _widened(vector)
+        x, status = _solve(wide_matrix, wide_vector, tolerance)
+        miss = torch.linalg.vector_norm(wide_vector - wide_matrix @ x)
+        residual = float(miss / torch.linalg.vector_norm(wide_vector))
+        return Solution(unflatten(x.to(vector.device), b), size, residual, status)
 
 
-def _residual(matrix: torch.Tensor, x: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(b - matrix @ x) / torch.linalg.vector_norm(b))
+def _widened(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "mps":
+        tensor = tensor.cpu()
+    return tensor.double()
+
+
+def _solve(matrix: Tensor, b: Tensor, tolerance: float) -> tuple[Tensor, Status]:
+    """By LU, or by least squares where singular values are below the tolerance."""
+    if not bool(torch.isfinite(matrix).all()):
+        return torch.full_like(b, torch.nan), Status.SINGULAR
+    sizes = torch.linalg.svdvals(matrix)
+    if float(sizes[-1]) > tolerance * float(sizes[0]):
+        return torch.linalg.solve(matrix, b), Status.CONVERGED
+    return torch.linalg.pinv(matrix, rtol=tolerance) @ b, Status.SINGULAR

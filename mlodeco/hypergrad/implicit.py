@@ -51,6 +51,8 @@ class Implicit(Options, ABC):
 
         Costs the products of the solver and one cross product; nothing for b = 0.
         """
+        if norm(cotangent) == 0.0:
+            return Response({}, Solution(zeros_like(cotangent), 0, 0.0, Status.CONVERGED))
         curvature = open_curvature(problem, self.product)
 
         def matvec(x: Tree) -> Tree:

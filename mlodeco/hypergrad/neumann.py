@@ -8,7 +8,11 @@ from typing import Literal
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.options import check_count, check_number
-from mlodeco.tree import Tree, add, norm, scale
+from mlodeco.tree import Tree, add, dot, norm, scale
+
+_HALVINGS = 10
+_TOLERANCE = 1.01
+"""How much larger than the smallest so far a term may be before the step is halved."""
 
 _GROWTH = 10.0
 """How much larger the last term may be than the first before the series counts as diverging."""
@@ -21,12 +25,14 @@ class Neumann(Implicit):
     Converges to ``H^-1 b`` as terms are added if ``0 < a * eig(H) < 2``; for a fixed number
     of terms it damps directions whose curvature is below ``1 / (a * num_terms)``. H need not
     be symmetric. Cost: ``num_terms - 1`` Hessian products and one cross product; with
-    ``step_size="auto"`` also ``power_steps`` Hessian products.
+    ``step_size="auto"`` also ``power_steps`` Hessian products, and if a term overshoots the
+    series begins anew with half the step, at most ten times: rarely, since the estimate is
+    seldom too small by half.
 
     Attributes:
         num_terms: how many terms are summed; 1 is ``v = a b``.
         step_size: a, in squared parameter per loss; ``"auto"`` takes one over the largest
-            curvature that power iteration started at b finds.
+            curvature that power iteration started at b finds, halved while terms overshoot.
         power_steps: Hessian products spent on ``step_size="auto"``.
 
     The solution's residual is the size of the last term relative to the first.
@@ -53,12 +59,36 @@ class Neumann(Implicit):
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Sums the series."""
-        step = self._estimate_step(matvec, b) if self.step_size == "auto" else self.step_size
+        if self.step_size == "auto":
+            step = self._estimate_step(matvec, b)
+            for _ in range(_HALVINGS):
+                found = self._sum(matvec, b, step, refuses_overshoot=True)
+                if found is not None:
+                    return found
+                step /= 2.0
+        else:
+            step = self.step_size
+        found = self._sum(matvec, b, step, refuses_overshoot=False)
+        assert found is not None
+        return found
+
+    def _sum(
+        self, matvec: MatVec, b: Tree, step: float, *, refuses_overshoot: bool
+    ) -> Solution | None:
+        """The series; None if a term overshoots and that is refused."""
         term, total = b, b
+        start = smallest = norm(b)
         for _ in range(self.num_terms - 1):
+            before = term
             term = add(term, matvec(term), -step)
+            if refuses_overshoot:
+                size = norm(term)
+                # a term that grows and turns round: a * eig(H) > 2, not negative curvature
+                if size > _TOLERANCE * smallest and dot(before, term) < 0.0:
+                    return None
+                smallest = min(smallest, size)
             total = add(total, term)
-        last = norm(term) / norm(b)
+        last = norm(term) / start
         status = Status.DIVERGING if last > _GROWTH else Status.TRUNCATED
         return Solution(scale(total, step), self.num_terms, last, status)
 

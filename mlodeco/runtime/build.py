@@ -17,7 +17,7 @@ from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import Registry, require_levels
 from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
 from mlodeco.graph import Graph, SweepPlan, plan_sweep
-from mlodeco.hypergrad import resolve
+from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
 from mlodeco.tree import Tree
 
@@ -62,6 +62,7 @@ class Build:
     custom: dict[str, Any]
     run_seed: int = 0
     tick: int = 0
+    fingerprint: tuple[Any, ...] = ()
 
     def plan(self, top: str, methods: Methods | None = None) -> SweepPlan:
         """The sweep for ``top`` under the methods given, else those of the program."""
@@ -84,7 +85,25 @@ class Build:
         return {name: frozen(self.levels[name].parameters) for name in levels}
 
     def methods_for(self, spec: Any) -> Methods:
-        """One method on every edge."""
+        """One method on every edge, or by a mapping those of the lower levels that it names.
+
+        Raises:
+            MethodError: there is no such method, or a key names no lower level that is read.
+        """
+        if isinstance(spec, Mapping):
+            lowers = dict.fromkeys(low for _, low in self.methods)
+            for key in spec:
+                if key not in lowers:
+                    raise MethodError(
+                        f"hypergrad= has the key {key!r}, which is no lower level that is read.",
+                        expected=f"some of {quoted(lowers)}.",
+                        remedy=f"name a lower level.{did_you_mean(str(key), lowers)}",
+                    )
+            chosen = {low: resolve(one, self.custom) for low, one in spec.items()}
+            return {
+                (upper, low): chosen[low] if low in chosen else method
+                for (upper, low), method in self.methods.items()
+            }
         method = resolve(spec, self.custom)
         return dict.fromkeys(self.methods, method)
 
@@ -92,7 +111,8 @@ class Build:
 def build(registry: Registry) -> Build:
     """The program made real; kept until a declaration changes it.
 
-    Modules of levels that have not changed are kept, so are the last batches.
+    Modules of levels that have not changed are kept, so are the last batches. Parameters are
+    looked up anew where somebody has replaced, added or frozen some.
 
     Raises:
         RunError: no levels.
@@ -100,7 +120,9 @@ def build(registry: Registry) -> Build:
     """
     current: Build | None = registry.built
     if current is not None and current.version == registry.version:
-        return current
+        modules = {name: level.module for name, level in current.levels.items()}
+        if current.fingerprint == _fingerprint(modules):
+            return current
     require_levels(registry)
     declarations = dict(registry.levels)
     _check_lower_names(declarations)
@@ -111,6 +133,7 @@ def build(registry: Registry) -> Build:
         if declarations.get(name) is level.declaration
     }
     custom = {name: method.value for name, method in registry.methods.items()}
+    _check_custom_names(custom)
     lower = {name: d.lower for name, d in declarations.items()}
     _resolve_all(declarations, custom, Graph(lower, {}))
     modules = materialize(declarations, {name: level.module for name, level in same.items()})
@@ -134,11 +157,26 @@ def build(registry: Registry) -> Build:
     graph = Graph(lower, reads)
     methods = _edge_methods(declarations, custom, graph)
     result = Build(registry.version, levels, graph, methods, custom)
+    result.fingerprint = _fingerprint(modules)
     if current is not None:
         result.run_seed, result.tick = current.run_seed, current.tick
     _warn_of_closed_paths(result)
+    _warn_of_parameter_hooks(result)
     registry.built = result
     return result
+
+
+def _fingerprint(modules: Mapping[str, nn.Module]) -> tuple[Any, ...]:
+    """What changes when somebody replaces, adds, removes or freezes parameters."""
+    distinct = {id(module): module for module in modules.values()}
+    found: list[Any] = []
+    for module in distinct.values():
+        for child in module.modules():
+            found.append(id(child))
+            for parameter in child._parameters.values():
+                found += (id(parameter), parameter is not None and parameter.requires_grad)
+            found += [buffer is None for buffer in child._buffers.values()]
+    return tuple(found)
 
 
 def _stateless_loss(
@@ -170,6 +208,15 @@ def _check_lower_names(declarations: Mapping[str, LevelDeclaration]) -> None:
                     level=declaration.name,
                     site=str(declaration.site),
                 )
+
+
+def _check_custom_names(custom: Mapping[str, Any]) -> None:
+    for name in custom:
+        if name in NAMES:
+            raise MethodError(
+                f"@method({name!r}) has the name of a method of the library.",
+                remedy=f"choose another name, such as {'my_' + name!r}.",
+            )
 
 
 def _spec_for(declaration: LevelDeclaration, low: str) -> Any:
@@ -204,8 +251,8 @@ def _edge_methods(
     declarations: Mapping[str, LevelDeclaration], custom: Mapping[str, Any], graph: Graph
 ) -> Methods:
     methods: Methods = {}
+    made: dict[str, Method | None] = {}
     for name, declaration in declarations.items():
-        made: dict[str, Method | None] = {}
         for low in graph.best_responses(name):
             spec = _spec_for(declaration, low)
             key = repr(spec) if spec is None or isinstance(spec, str) else str(id(spec))
@@ -228,6 +275,20 @@ def _buffer_owners(
         for child in modules[name].modules():
             owners.setdefault(id(child), name)
     return owners
+
+
+def _warn_of_parameter_hooks(built: Build) -> None:
+    """Hypergradients are taken at copies of the parameters, which have none of their hooks."""
+    for name, level in built.levels.items():
+        hooked = [key for key, p in level.parameters.items() if p._backward_hooks]
+        if hooked and (built.graph.lower[name] or built.graph.uppers(name)):
+            warnings.warn(
+                f"level {name!r} ({level.site}): the hooks of {quoted(hooked)} do not act in "
+                "hypergradients. Remedy: put what they do into the function or into a hook of "
+                "the level, such as @on('after_backward').",
+                GraphWarning,
+                stacklevel=3,
+            )
 
 
 def _warn_of_closed_paths(built: Build) -> None:

@@ -121,6 +121,7 @@ def probe(built: Build, level: BuiltLevel, point: Point) -> None:
             site=level.site,
         )
     _warn_of_idle_reads(built, level, found.declared)
+    level.decisions.touched = found.touched
     level.is_probed = True
 
 

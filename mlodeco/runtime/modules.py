@@ -105,7 +105,7 @@ def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[
     """The parameters that the level optimizes, by their names in its module.
 
     Raises:
-        ModuleError: the selection is empty, frozen, or not of the module.
+        ModuleError: the selection is empty, frozen, complex, or not of the module.
     """
     named = dict(module.named_parameters())
     params = declaration.params
@@ -128,6 +128,13 @@ def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[
             declaration,
             "the level has no parameters to optimize.",
             f"select some of {quoted(named)} by params=, or let them require gradients.",
+        )
+    complex_ones = [name for name, p in chosen.items() if p.is_complex()]
+    if complex_ones:
+        raise _error(
+            declaration,
+            f"the parameters {quoted(complex_ones)} are complex.",
+            "store real and imaginary parts: torch.view_as_real(p), and view_as_complex in use.",
         )
     stiff = [name for name, p in chosen.items() if not p.requires_grad]
     if stiff:

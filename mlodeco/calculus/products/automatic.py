@@ -51,7 +51,10 @@ class Automatic:
         return self._hessian_by(modes)
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
-        """``reverse_over_forward`` where lambda enters late, else ``reverse``, ``difference``."""
+        """``reverse_over_forward`` where lambda enters late, else ``reverse``, ``difference``.
+
+        Backward hooks of modules act in ``reverse`` alone.
+        """
         modes: dict[str, Callable[[], Cross]] = {
             "reverse_over_forward": lambda: cross_by_duals(self._problem, v),
             "reverse": lambda: self._reverse.cross(v),
@@ -77,6 +80,8 @@ class Automatic:
             return self._decisions.cross[targets]
         if self._decisions.hessian == "difference":
             return "difference"
+        if self._problem.point.loss.has_backward_hooks:
+            return "reverse"
         if targets not in self._decisions.late:
             self._decisions.late[targets] = enters_late(self._problem)
         return "reverse_over_forward" if self._decisions.late[targets] else "reverse"

@@ -15,7 +15,7 @@ from torch import Tensor
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
-from mlodeco.tree import Tree, add, norm, scale
+from mlodeco.tree import Tree, add, norm, restrict, scale
 
 
 class Difference:
@@ -23,8 +23,9 @@ class Difference:
 
     Args:
         problem: the loss, its point and the targets.
-        radius: the length of ``h v``. Default: the cube root of the dtype's epsilon
+        radius: the length of ``h v``. Default: the cube root of the coarsest dtype's epsilon
             times ``1 + |w|``, which balances rounding against the third derivative.
+            Parameters that the loss does not touch count neither in v nor in w.
     """
 
     def __init__(self, problem: LowerProblem, *, radius: float | None = None) -> None:
@@ -63,14 +64,9 @@ class Difference:
 
     def _central(self, v: Mapping[str, Tensor], at: Callable[[Tree], Cross]) -> Cross:
         own = self._problem.parameters
-        length = norm(v)
-        if length == 0.0:
+        h = self._step(v)
+        if h == 0.0:
             return {}
-        reference = next(iter(v.values()))
-        radius = self._radius
-        if radius is None:
-            radius = float(torch.finfo(reference.dtype).eps ** (1 / 3)) * (1.0 + norm(own))
-        h = radius / length
         moves = {key: v[key] for key in own if key in v}
         ahead = at(add(own, moves, h))
         behind = at(add(own, moves, -h))
@@ -78,6 +74,20 @@ class Difference:
             level: scale(add(ahead.get(level, {}), behind.get(level, {}), -1.0), 0.5 / h)
             for level in {**ahead, **behind}
         }
+
+    def _step(self, v: Mapping[str, Tensor]) -> float:
+        """h; parameters that the loss does not touch take no part of the radius."""
+        own = self._problem.parameters
+        known = self._problem.point.decisions.touched
+        moved = v if known is None else restrict(v, known)
+        length = norm(moved)
+        if length == 0.0:
+            moved, length = v, norm(v)
+        if length == 0.0:
+            return 0.0
+        eps = max(torch.finfo(tensor.dtype).eps for tensor in moved.values())
+        radius = self._radius or eps ** (1 / 3) * (1.0 + norm(restrict(own, moved)))
+        return radius / length
 
     def _gradient(self, own: Tree, targets: Cross) -> Cross:
         point = self._problem.point

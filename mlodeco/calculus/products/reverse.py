@@ -49,14 +49,12 @@ class Reverse:
         return gradients
 
     def _refuse_dead_ends(self, gradients: list[Tree]) -> None:
-        """Looks once for nodes that autograd would pass over in silence, giving zero."""
-        decisions = self._problem.point.decisions
-        if decisions.is_twice_differentiable is None:
-            roots = [g.grad_fn for tree in gradients for g in tree.values()]
-            decisions.is_twice_differentiable = not any(
-                node.name().endswith("::Error") for node in walk_graph(roots)
-            )
-        if not decisions.is_twice_differentiable:
+        """Looks for nodes that autograd would pass over in silence, giving zero.
+
+        Each graph is walked: a function may take another branch than before.
+        """
+        roots = [g.grad_fn for tree in gradients for g in tree.values()]
+        if any(node.name().endswith("::Error") for node in walk_graph(roots)):
             raise RuntimeError(
                 "a custom autograd function marked @once_differentiable has no second derivative"
             )
