@@ -60,7 +60,6 @@ def experiment(seed: int, steps: int) -> list[float]:
         module=partial(network, seed),
         optimizer=sgd,
         data=batches(digits.noisy, seed),
-        warmup=50,  # at first the loss has negative curvature, where the series below would grow
     )
     def train(model, batch, reweight=None):
         index, x, y = batch
