@@ -7,12 +7,19 @@ an operation, not one a parameter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
+
+_SINGLE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""The dtype in which norms of half precision are accumulated."""
+
+_SMALL = 1e-15
+"""Entries of a smaller norm have squares that may vanish in single precision."""
 
 _LARGE = 1_000_000
 """Inner products of more numbers are not worth a copy in double precision."""
@@ -40,15 +47,21 @@ def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float =
 
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """The inner product over the common keys, accumulated as :func:`norm` does."""
-    parts = [_dot(left[key].reshape(-1), right[key].reshape(-1)) for key in left if key in right]
-    return float(torch.stack(parts).sum()) if parts else 0.0
+    """The inner product over the common keys, accumulated in double precision if not large."""
+    keys = [key for key in left if key in right]
+    if not keys:
+        return 0.0
+    if sum(left[key].numel() for key in keys) <= _LARGE:
+        a, b = (flatten({key: tree[key] for key in keys}) for tree in (left, right))
+        return float(torch.dot(a.to(_wide(a)), b.to(_wide(b))))
+    parts = [_dot(left[key].reshape(-1), right[key].reshape(-1)) for key in keys]
+    return float(torch.stack(parts).sum())
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    wide = _wide(a)
-    narrow = torch.promote_types(a.dtype, torch.float32) if a.numel() > _LARGE else wide
-    return torch.dot(a.to(narrow), b.to(narrow)).to(wide)
+    """The product of large vectors: at least in single precision, the result in double."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.dot(a.to(dtype), b.to(dtype)).to(_wide(a))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -57,12 +70,23 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
-    """The Euclidean norm of all the entries together, accumulated in double precision."""
+    """The Euclidean norm of all the entries together, free of overflow and underflow.
+
+    Accumulated at least in single precision; again in double where that does not suffice.
+    """
     if not tree:
         return 0.0
     values = list(tree.values())
-    parts = torch._foreach_norm(values, 2, dtype=_wide(values[0]))
-    return float(torch.linalg.vector_norm(torch.stack(parts)))
+    kinds = {value.dtype for value in values}
+    size = _norm(values, _wide(values[0]) if len(kinds) > 1 else _SINGLE.get(values[0].dtype))
+    if _SMALL < size < math.inf or kinds == {torch.float64}:
+        return size
+    return _norm(values, _wide(values[0]))
+
+
+def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:
+    parts = torch.stack(torch._foreach_norm(values, 2, dtype=dtype))
+    return float(torch.linalg.vector_norm(parts.to(_wide(parts))))
 
 
 def zeros_like(tree: Mapping[str, Tensor]) -> Tree:

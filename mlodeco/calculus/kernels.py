@@ -73,4 +73,6 @@ class _ExactWeightNorm(TorchFunctionMode):
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    # torch's norm over all dimensions, dim=-1, has a tangent of another shape
+    size = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)
+    return v * (g / size)

@@ -78,6 +78,13 @@ class Slot:
     child: int
 
     @property
+    def current(self) -> Tensor | None:
+        """What stands there; the holder of a scripted module is no full mapping."""
+        if self.name not in self.holder:
+            return None
+        return self.holder[self.name]
+
+    @property
     def tensor(self) -> Tensor:
         """The tensor that it holds now."""
         value = self.holder[self.name]
@@ -117,8 +124,7 @@ class StatelessLoss:
         self._kernels = Kernels(module)
         self._children = tuple(module.modules())
         self._parameters: list[Slot] = []
-        self.buffers: list[Slot] = []
-        self._empty: list[Slot] = []
+        self._buffers: list[Slot] = []
         for prefix, child in module.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, parameter in child._parameters.items():
@@ -126,11 +132,16 @@ class StatelessLoss:
                     owner = owners.get(id(parameter))
                     holder: Any = child._parameters
                     self._parameters.append(Slot(dot + name, holder, name, owner, id(child)))
-            for name, buffer in child._buffers.items():
+            for name, _ in child._buffers.items():
                 slot = Slot(dot + name, child._buffers, name, None, id(child))
-                (self._empty if buffer is None else self.buffers).append(slot)
-        self._slots = (*self._parameters, *self.buffers, *self._empty)
+                self._buffers.append(slot)
+        self._slots = (*self._parameters, *self._buffers)
         self.sees = tuple(dict.fromkeys(s.owner[0] for s in self._parameters if s.owner))
+
+    @property
+    def buffers(self) -> list[Slot]:
+        """The slots of buffers that are not None."""
+        return [slot for slot in self._buffers if slot.current is not None]
 
     @property
     def has_backward_hooks(self) -> bool:
@@ -166,7 +177,7 @@ class StatelessLoss:
         user's modules again from there. Buffers of ``state`` may be updated by it.
         On leaving, slots and train/eval modes are as they were.
         """
-        before = [(slot, slot.holder.get(slot.name)) for slot in self._slots]
+        before = [(slot, slot.current) for slot in self._slots]
         modes = [(child, child.training) for child in self._children]
         try:
             with self._kernels.differentiable():
@@ -189,9 +200,9 @@ class StatelessLoss:
                     slot.holder[slot.name] = state[slot.key]
             return function()
         finally:
-            for slot in self.buffers:
-                after = slot.holder.get(slot.name)
-                if after is not None:
+            for slot in self._buffers:
+                after = slot.current
+                if after is not None and slot.key in state:
                     state[slot.key] = after
             _put_back(before)
 

@@ -13,8 +13,8 @@ from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.options import check_count
 from mlodeco.tree import Tree, flatten, unflatten
 
-_LARGEST_TOLERANCE = 0.01
-"""Of a singular value that counts as zero, relative to the largest."""
+_LARGEST_TOLERANCE = 1e-3
+"""Of a singular value that counts as zero, relative to the largest, unless eps is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Dense(Implicit):
 
     Exact to rounding of the products, for any regular H, symmetric or not; the system is solved
     in double precision. A singular one is solved in the least-squares sense with the smallest
-    norm: singular values below ``d * eps`` of the largest count as zero. Cost for d touched parameters: d Hessian
-    products, one cross product, d^2 numbers of memory and d^3 operations.
+    norm: singular values below ``d * eps`` of the largest count as zero. Cost for d touched
+    parameters: d Hessian products, one cross product, d^2 numbers of memory and d^3 operations.
 
     Attributes:
         max_size: the largest d that is accepted.
@@ -57,7 +57,8 @@ class Dense(Implicit):
             )
         basis = torch.eye(size, dtype=vector.dtype, device=vector.device)
         matrix = torch.stack([flatten(matvec(unflatten(e, b))) for e in basis], dim=1)
-        tolerance = min(size * torch.finfo(vector.dtype).eps, _LARGEST_TOLERANCE)
+        eps = torch.finfo(vector.dtype).eps
+        tolerance = max(eps, min(size * eps, _LARGEST_TOLERANCE))
         wide_matrix, wide_vector = _widened(matrix), _widened(vector)
         x, status = _solve(wide_matrix, wide_vector, tolerance)
         miss = torch.linalg.vector_norm(wide_vector - wide_matrix @ x)

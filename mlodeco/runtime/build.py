@@ -101,7 +101,7 @@ class Build:
                     )
             chosen = {low: resolve(one, self.custom) for low, one in spec.items()}
             return {
-                (upper, low): chosen[low] if low in chosen else method
+                (upper, low): chosen.get(low, method)
                 for (upper, low), method in self.methods.items()
             }
         method = resolve(spec, self.custom)
@@ -133,7 +133,7 @@ def build(registry: Registry) -> Build:
         if declarations.get(name) is level.declaration
     }
     custom = {name: method.value for name, method in registry.methods.items()}
-    _check_custom_names(custom)
+    _check_custom_names(registry)
     lower = {name: d.lower for name, d in declarations.items()}
     _resolve_all(declarations, custom, Graph(lower, {}))
     modules = materialize(declarations, {name: level.module for name, level in same.items()})
@@ -210,12 +210,13 @@ def _check_lower_names(declarations: Mapping[str, LevelDeclaration]) -> None:
                 )
 
 
-def _check_custom_names(custom: Mapping[str, Any]) -> None:
-    for name in custom:
+def _check_custom_names(registry: Registry) -> None:
+    for name, declaration in registry.methods.items():
         if name in NAMES:
             raise MethodError(
                 f"@method({name!r}) has the name of a method of the library.",
                 remedy=f"choose another name, such as {'my_' + name!r}.",
+                site=str(declaration.site),
             )
 
 

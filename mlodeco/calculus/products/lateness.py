@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
 from mlodeco.calculus.autograd_graph import count_nodes
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.stateless import live
@@ -10,9 +16,26 @@ LATE_FRACTION = 0.25
 """Late: less than this share of the graph's nodes depends on lambda."""
 
 
+class _SeesHooks(TorchFunctionMode):
+    """Notices calls of ``tensor.register_hook``."""
+
+    is_hooked = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.is_hooked = self.is_hooked or func is torch.Tensor.register_hook
+        return func(*args, **(kwargs or {}))
+
+
 def enters_late(problem: LowerProblem) -> bool:
     """Whether under a quarter of the nodes of the loss's graph depend on the targets.
 
+    False if the loss puts hooks on tensors, since these act in reverse mode alone.
     Costs one forward pass. A decision by structure is the same on every process and
     in a resumed run, where one by timing is not.
     """
@@ -21,7 +44,10 @@ def enters_late(problem: LowerProblem) -> bool:
     values = {**point.values, **targets, problem.level: live(problem.parameters)}
 
     def count() -> bool:
-        loss, _ = next(point.losses())
+        with _SeesHooks() as seen:
+            loss, _ = next(point.losses())
+        if seen.is_hooked:
+            return False
         leaves = {id(t) for tree in targets.values() for t in tree.values()}
         nodes, dependent = count_nodes(loss.grad_fn, leaves)
         return dependent < LATE_FRACTION * nodes
