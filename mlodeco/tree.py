@@ -16,13 +16,10 @@ from torch import Tensor
 Tree = dict[str, Tensor]
 
 _SINGLE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-"""The dtype in which norms of half precision are accumulated."""
+"""The dtype in which half precision is accumulated."""
 
 _SMALL = 1e-15
-"""Entries of a smaller norm have squares that may vanish in single precision."""
-
-_LARGE = 1_000_000
-"""Inner products of more numbers are not worth a copy in double precision."""
+"""The squares of smaller numbers may vanish in single precision."""
 
 
 def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
@@ -47,21 +44,22 @@ def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float =
 
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """The inner product over the common keys, accumulated in double precision if not large."""
-    keys = [key for key in left if key in right]
-    if not keys:
+    """The inner product over the common keys, free of overflow and underflow like :func:`norm`."""
+    pairs = [(left[key].reshape(-1), right[key].reshape(-1)) for key in left if key in right]
+    if not pairs:
         return 0.0
-    if sum(left[key].numel() for key in keys) <= _LARGE:
-        a, b = (flatten({key: tree[key] for key in keys}) for tree in (left, right))
-        return float(torch.dot(a.to(_wide(a)), b.to(_wide(b))))
-    parts = [_dot(left[key].reshape(-1), right[key].reshape(-1)) for key in keys]
-    return float(torch.stack(parts).sum())
+    kinds = {part.dtype for pair in pairs for part in pair}
+    first = pairs[0][0]
+    wide = _wide(first)
+    product = _dot(pairs, wide if len(kinds) > 1 else _SINGLE.get(first.dtype, first.dtype))
+    if _SMALL**2 < abs(product) < math.inf or kinds == {torch.float64}:
+        return product
+    return _dot(pairs, wide)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The product of large vectors: at least in single precision, the result in double."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return torch.dot(a.to(dtype), b.to(dtype)).to(_wide(a))
+def _dot(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
+    parts = torch.stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs])
+    return float(parts.to(_wide(parts)).sum())
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

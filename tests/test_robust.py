@@ -44,15 +44,16 @@ def agrees(problem, method=None, solve=reference.exact, tolerance=1e-9):
 
 
 class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that runs in stateless.py."""
+    """Raises KeyboardInterrupt at the n-th line that runs while torch swaps the tensors."""
 
     def __init__(self, after):
         self.left = after
 
     def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.endswith("stateless.py"):
+        name = frame.f_code.co_filename
+        if not name.endswith(("nn/utils/stateless.py", "_named_member_accessor.py")):
             return None
-        if event == "line" and frame.f_code.co_name in ("_swapped", "_put_back"):
+        if event == "line":
             self.left -= 1
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -65,7 +66,7 @@ def test_interrupt_at_any_moment_leaves_the_modules_whole():
     slots = [(slot, slot.tensor) for slot in loss._slots]
     values = build(problem.program).values(loss.sees)
     interrupted = 0
-    for after in range(1, 200):
+    for after in range(1, 2000):
         trace, previous = _Interrupt(after), sys.gettrace()
         sys.settrace(trace)
         try:
@@ -576,7 +577,7 @@ def test_norms_and_products_neither_overflow_nor_vanish(dtype, factor):
     tree = {"x": torch.full((70_000,), factor, dtype=dtype), "y": torch.ones(3, dtype=dtype) * 0}
     wanted = float(tree["x"][0].double()) * 70_000**0.5
     assert norm(tree) == pytest.approx(wanted, rel=1e-4)
-    assert dot(tree, tree) == pytest.approx(wanted**2, rel=1e-6)
+    assert dot(tree, tree) == pytest.approx(wanted**2, rel=2e-4)
     large = {"x": torch.ones(1_100_000, dtype=dtype)}
     assert dot(large, large) == pytest.approx(1_100_000, rel=1e-5)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mlodeco.calculus.kernels import Kernels
 from mlodeco.errors import LossError, MlodecoError, NonFiniteError
@@ -93,6 +94,18 @@ class Slot:
         return value
 
 
+class _Scope(nn.Module):
+    """Runs any function while the slots of a level module are swapped."""
+
+    def __init__(self, level: LevelModule) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, function: Callable[[], T]) -> T:
+        """Calls the function."""
+        return function()
+
+
 State = dict[str, Tensor]
 """Tensors for the slots of one level module, by slot key."""
 
@@ -121,11 +134,12 @@ class StatelessLoss:
         self.level = level
         self.site = site
         self.module = module
+        self._scope = _Scope(module)
         self._kernels = Kernels(module)
         self._children = tuple(module.modules())
         self._parameters: list[Slot] = []
         self._buffers: list[Slot] = []
-        for prefix, child in module.named_modules():
+        for prefix, child in self._scope.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, parameter in child._parameters.items():
                 if parameter is not None:
@@ -181,30 +195,16 @@ class StatelessLoss:
         modes = [(child, child.training) for child in self._children]
         try:
             with self._kernels.differentiable():
-                return self._swapped(state, function, before)
-        except BaseException:
-            # once more: an interrupt may have come while the tensors were put back
-            _put_back(before)
-            raise
+                result: T = functional_call(self._scope, state, (function,), tie_weights=False)
+            return result
         finally:
+            # functional_call leaves its tensors behind where an interrupt meets its swap
+            for slot, tensor in before:
+                if slot.current is not tensor:
+                    slot.holder[slot.name] = tensor
             for child, mode in modes:
                 if child.training is not mode:
                     child.training = mode
-
-    def _swapped(
-        self, state: State, function: Callable[[], T], before: list[tuple[Slot, Tensor | None]]
-    ) -> T:
-        try:
-            for slot, _ in before:
-                if slot.key in state:
-                    slot.holder[slot.name] = state[slot.key]
-            return function()
-        finally:
-            for slot in self._buffers:
-                after = slot.current
-                if after is not None and slot.key in state:
-                    state[slot.key] = after
-            _put_back(before)
 
     def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Calls the user's function as things are, and checks what it returns.
@@ -223,11 +223,6 @@ class StatelessLoss:
             error.add_note(f"raised in the loss of level {self.level!r} ({self.site})")
             raise
         return read_loss(returned, self.level, self.site)
-
-
-def _put_back(before: list[tuple[Slot, Tensor | None]]) -> None:
-    for slot, tensor in before:
-        slot.holder[slot.name] = tensor
 
 
 def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, Any]]:
