@@ -96,7 +96,7 @@ def run(
 
     At each tick the levels without lower levels take a step; a level above takes its turn
     once its lower levels have finished their inner loops. A second ``run`` goes on with the
-    modules as they are and with fresh optimizers.
+    modules as they are and with fresh optimizers, except those given as instances.
 
     Args:
         steps: ticks.
@@ -110,7 +110,8 @@ def run(
         The history, the best validation and why the run ended.
 
     Raises:
-        MlodecoError: the program cannot be run; nothing was changed.
+        MlodecoError: the program cannot be run, which is found before anything changes; or a
+            loss, gradient or batch of a step cannot be used, and the level is as before the step.
     """
     check_steps(steps)
     display = make_display(progress)

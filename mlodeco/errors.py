@@ -119,7 +119,7 @@ class FallbackWarning(MlodecoWarning):
 
 
 class SolverWarning(MlodecoWarning):
-    """A linear solve ended without a usable solution."""
+    """A linear solve ended in trouble; its solution is used as it is."""
 
 
 class RedeclarationWarning(MlodecoWarning):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity, Neumann
 from tests import reference
 
@@ -18,8 +20,6 @@ class Row:
 
 
 def damped(damping: float) -> reference.Solve:
-    import torch
-
     return lambda h, b: torch.linalg.solve(h + damping * torch.eye(len(h), dtype=h.dtype), b)
 
 

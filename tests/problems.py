@@ -77,7 +77,7 @@ def quadratic() -> Problem:
         return ((m.w - batch) ** 2).sum() / 2 + (h.x**4).sum() + (h.x * m.w[:10]).sum()
 
     modules = {"w": randn(20, seed=4)}, {"x": randn(10, seed=5)}
-    return bilevel(low, top, *modules, None or randn(1), randn(20, seed=6))
+    return bilevel(low, top, *modules, randn(1), randn(20, seed=6))
 
 
 def ridge_samples() -> Problem:

@@ -44,9 +44,9 @@ def test_readme_names_the_two_commands():
         assert re.search(rf"<!-- command: {name} -->\n```sh\n[^\n]+\n```", text)
 
 
-def test_quickstart_runs_and_prints_its_table():
+def test_quickstart_beats_its_baselines_and_finds_the_wrong_labels():
     done = subprocess.run(
-        [sys.executable, "examples/quickstart.py", "--seeds", "2", "--steps", "60"],
+        [sys.executable, "examples/quickstart.py", "--seeds", "2", "--steps", "400"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -57,6 +57,11 @@ def test_quickstart_runs_and_prints_its_table():
     for word in ("plain", "clean set only", "both pooled", "reweighted", "AUC", "+-"):
         assert word in done.stdout
     assert done.stderr == ""
+    (row,) = re.findall(r"^│ mean.*$", done.stdout, re.MULTILINE)
+    *baselines, reweighted, auc = map(float, re.findall(r"\d+\.\d+", row))
+    assert len(baselines) == 3
+    assert reweighted > max(baselines)
+    assert auc > 0.8
 
 
 def test_import_is_silent():

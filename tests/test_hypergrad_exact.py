@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 import mlodeco
-from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity, Neumann
+from mlodeco.hypergrad import (
+    CG,
+    Dense,
+    FiniteDifference,
+    Identity,
+    Neumann,
+    Solution,
+    Status,
+)
 from tests import reference
 from tests.methods import METHODS
 from tests.problems import PROBLEMS, bilevel, network, quadratic, randn, spd
@@ -217,3 +225,21 @@ def test_is_linear_in_the_upper_loss(method):
     )
     thrice = mlodeco.hypergradient("top", program=program, hypergrad=method)["s"]
     assert torch.allclose(thrice, 3.0 * once, rtol=1e-7, atol=1e-12)
+
+
+def test_solution_without_a_residual_can_be_reported():
+    case = quadratic()
+
+    @case.program.method("troubled")
+    def solve(matvec, b):
+        return Solution(b, 1, None, Status.DIVERGING)
+
+    with pytest.warns(mlodeco.errors.SolverWarning, match="troubled after 1 steps: the terms"):
+        computed(case, "troubled")
+
+
+def test_detached_values_leave_the_hessian_symmetric():
+    case = PROBLEMS["detached_weights"]()
+    g = reference.gradients(case.low(), case.low_parameters, create_graph=True)
+    h = reference.jacobian(g, case.low_parameters)
+    assert relative(h, h.T) < 1e-14

@@ -118,7 +118,6 @@ def test_dropout_adds_no_noise_to_the_finite_difference():
         )["s"]
         assert relative(other, exact) < 1e-12
     found = mlodeco.hypergradient("weights", program=program, hypergrad=FiniteDifference())["s"]
-    assert relative(found, exact) < 0.01
     assert relative(found, exact) < 1e-6
 
 
@@ -151,7 +150,6 @@ def test_generator_of_the_context_is_the_same_in_every_pass():
     found = mlodeco.hypergradient("top", program=program, hypergrad=FiniteDifference())["x"]
     assert relative(found, exact) < 1e-6
     dense = [
-        mlodeco.hypergradient("top", program=program, hypergrad=f"{name}")["x"]
-        for name in ("dense", "dense")
+        mlodeco.hypergradient("top", program=program, hypergrad="dense")["x"] for _ in range(2)
     ]
     assert torch.equal(*dense)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from functools import partial
 from types import SimpleNamespace
 
@@ -1081,3 +1082,28 @@ def test_seeds_that_are_none_are_refused(seed):
 def test_a_program_without_levels_is_refused():
     with pytest.raises(RunError, match="no levels"):
         run(Program(), 1)
+
+
+def test_a_refused_run_leaves_the_random_streams_alone():
+    program = Program()
+    program.level("low", module={"x": torch.zeros(1)})(lambda m: (m.x**2).sum())
+    before = torch.get_rng_state(), random.getstate()
+    with pytest.raises(mlodeco.errors.OptimizerError):
+        mlodeco.run(1, program=program, seed=3, progress="off")
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+
+
+def test_gather_of_one_process_is_the_tensor_itself():
+    assert torch.equal(mlodeco.Context().gather(torch.arange(3)), torch.arange(3))
+    seen = []
+    program = Program()
+    sgd = partial(torch.optim.SGD, lr=0.1)
+
+    @program.level("low", module={"x": torch.zeros(2)}, optimizer=sgd)
+    def low(m, ctx):
+        seen.append(ctx.gather(torch.arange(3)))
+        return (m.x**2).sum()
+
+    mlodeco.run(1, program=program, progress="off")
+    assert all(torch.equal(one, torch.arange(3)) for one in seen)

@@ -15,8 +15,8 @@ class CG(Implicit):
     """Conjugate gradients on ``(H + damping I) x = b`` from ``x = 0``.
 
     Converges if H is symmetric positive definite, in at most as many steps as H has distinct
-    eigenvalues. A lower loss that feeds detached values of w to a network gives an H that is
-    not symmetric: use Neumann there. Cost: one Hessian product a step and one cross product.
+    eigenvalues. Detached values are constants to exact products, so that H is symmetric there
+    too. Cost: one Hessian product a step and one cross product.
 
     Attributes:
         max_steps: the largest number of steps.

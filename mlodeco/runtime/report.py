@@ -18,10 +18,11 @@ def warn_of_trouble(built: Build, solves: Iterable[Solve]) -> None:
         level = built.levels[solve.level]
         if status.is_trouble and status not in level.reported:
             level.reported.add(status)
+            residual = solve.solution.residual
+            size = "" if residual is None else f", residual {residual:.3g}"
             warnings.warn(
                 f"level {solve.level!r} ({level.site}): {describe(solve.method)} after "
-                f"{solve.solution.steps} steps, residual {solve.solution.residual:.3g}: "
-                f"{status.value}.",
+                f"{solve.solution.steps} steps{size}: {status.value}.",
                 SolverWarning,
                 stacklevel=3,
             )

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
+from mlodeco.calculus.randomness import SavedRandomness
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.errors import MlodecoError, RunError, quoted
@@ -91,17 +92,29 @@ class Runner:
         accelerator: Accelerator | None = None,
     ) -> None:
         registry = program if program is not None else current_registry()
-        if registry is not None and not isinstance(registry, Registry):
+        if not isinstance(registry, Registry):
             raise RunError(f"program={program!r} is not a Program.", remedy="pass a Program.")
-        if registry is None:
-            raise RunError("there is no program.", remedy="pass program=, or use 'with Program()'.")
-        if seed is not None:
-            _check_seed(seed)
-            set_seed(seed)
-        self.built: Build = build(registry)
         self.history = History()
         self.listeners: list[Listener] = []
+        self.tick = 0
+        self._best: Best | None = None
+        self._stop_reason: str | None = None
+        self._steps: list[StepRecord] = []
+        self._asked: dict[str, bool] = {}
         self._accelerator = _make_accelerator(accelerator)
+        before = SavedRandomness()
+        try:
+            if seed is not None:
+                _check_seed(seed)
+                set_seed(seed)
+            self._set_up(registry, seed)
+        except BaseException:
+            before.restore()
+            raise
+
+    def _set_up(self, registry: Registry, seed: int | None) -> None:
+        """Builds the program and everything that steps it."""
+        self.built: Build = build(registry)
         device = self._accelerator.device
         for level in self.built.levels.values():
             level.module.to(device)
@@ -116,11 +129,6 @@ class Runner:
         self.built.run_seed = torch.initial_seed() if seed is None else seed
         for number, generator in enumerate(self._generators.values()):
             generator.manual_seed((self.built.run_seed + number) % 2**63)
-        self.tick = 0
-        self._best: Best | None = None
-        self._stop_reason: str | None = None
-        self._steps: list[StepRecord] = []
-        self._asked: dict[str, bool] = {}
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -310,7 +318,6 @@ class Runner:
             return
         ctx = self._context(name)
         ctx.step -= 1
-        ctx.epoch = trainer.epoch
         ctx.epoch = trainer.epoch
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             found = self._differentiate(name, batches, ctx)
