@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from mlodeco.calculus.response import Solution, Status
@@ -11,6 +13,8 @@ from mlodeco.hypergrad.options import check_count, check_number
 from mlodeco.tree import Tree, add, dot, norm, scale
 
 _HALVINGS = 10
+"""How often an estimated step may be halved."""
+
 _TOLERANCE = 1.01
 """How much larger than the smallest so far a term may be before the step is halved."""
 
@@ -59,36 +63,21 @@ class Neumann(Implicit):
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Sums the series."""
-        if self.step_size == "auto":
-            step = self._estimate_step(matvec, b)
-            for _ in range(_HALVINGS):
-                found = self._sum(matvec, b, step, refuses_overshoot=True)
-                if found is not None:
-                    return found
+        if self.step_size != "auto":
+            return self._sum(_terms(matvec, b, self.step_size), self.step_size)
+        step = self._estimate_step(matvec, b)
+        for _ in range(_HALVINGS):
+            try:
+                return self._sum(_refuse_overshoot(_terms(matvec, b, step)), step)
+            except _OvershootError:
                 step /= 2.0
-        else:
-            step = self.step_size
-        found = self._sum(matvec, b, step, refuses_overshoot=False)
-        assert found is not None
-        return found
+        return self._sum(_terms(matvec, b, step), step)
 
-    def _sum(
-        self, matvec: MatVec, b: Tree, step: float, *, refuses_overshoot: bool
-    ) -> Solution | None:
-        """The series; None if a term overshoots and that is refused."""
-        term, total = b, b
-        start = smallest = norm(b)
-        for _ in range(self.num_terms - 1):
-            before = term
-            term = add(term, matvec(term), -step)
-            if refuses_overshoot:
-                size = norm(term)
-                # a term that grows and turns round: a * eig(H) > 2, not negative curvature
-                if size > _TOLERANCE * smallest and dot(before, term) < 0.0:
-                    return None
-                smallest = min(smallest, size)
+    def _sum(self, terms: Iterator[Tree], step: float) -> Solution:
+        first = term = total = next(terms)
+        for term in islice(terms, self.num_terms - 1):
             total = add(total, term)
-        last = norm(term) / start
+        last = norm(term) / norm(first)
         status = Status.DIVERGING if last > _GROWTH else Status.TRUNCATED
         return Solution(scale(total, step), self.num_terms, last, status)
 
@@ -104,3 +93,32 @@ class Neumann(Implicit):
             if size == 0.0:
                 break
         return 1.0 / curvature if curvature > 0.0 else 1.0
+
+
+def _terms(matvec: MatVec, b: Tree, step: float) -> Iterator[Tree]:
+    """``(I - step * H)^k b`` for k = 0, 1, ..."""
+    term = b
+    while True:
+        yield term
+        term = add(term, matvec(term), -step)
+
+
+class _OvershootError(Exception):
+    """The step is too long for the largest curvature."""
+
+
+def _refuse_overshoot(terms: Iterator[Tree]) -> Iterator[Tree]:
+    """The terms, up to one that grows and turns round: ``step * eig(H) > 2``.
+
+    Terms that grow by negative curvature keep their direction, and pass.
+    """
+    before = next(terms)
+    yield before
+    smallest = norm(before)
+    for term in terms:
+        size = norm(term)
+        if size > _TOLERANCE * smallest and dot(before, term) < 0.0:
+            raise _OvershootError
+        smallest = min(smallest, size)
+        yield term
+        before = term
