@@ -1107,3 +1107,28 @@ def test_gather_of_one_process_is_the_tensor_itself():
 
     mlodeco.run(1, program=program, progress="off")
     assert all(torch.equal(one, torch.arange(3)) for one in seen)
+
+
+def test_a_loss_may_take_its_batch_apart_in_every_pass_of_a_run():
+    def build(*, pops):
+        program = Program()
+        sgd = partial(SGD, lr=0.1)
+        data = [{"x": randn(4, 2, seed=1), "y": randn(4, seed=2)}]
+        take = dict.pop if pops else dict.__getitem__
+
+        @program.level("low", module={"w": randn(2, seed=3)}, optimizer=sgd, data=data)
+        def low(m, batch, top):
+            y = take(batch, "y")
+            return ((batch["x"] @ m.w - y) ** 2).mean() + (top.l.exp() * m.w**2).sum()
+
+        @program.level(
+            "top", lower=["low"], module={"l": randn(2, seed=4)}, optimizer=sgd, data=data
+        )
+        def top(m, batch, low):
+            return ((batch["x"] @ low.w - take(batch, "y")) ** 2).mean()
+
+        mlodeco.run(3, program=program, seed=0, progress="off")
+        assert set(data[0]) == {"x", "y"}
+        return program.module("top").l
+
+    assert torch.equal(build(pops=True), build(pops=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
+
+from mlodeco.calculus.interception import Interception
 
 
 class Kernels:
@@ -57,19 +58,15 @@ def _is_weight_normed(module: nn.Module) -> bool:
     return isinstance(module, _WeightNorm) or any(isinstance(h, WeightNorm) for h in hooks)
 
 
-class _ExactWeightNorm(TorchFunctionMode):
+class _ExactWeightNorm(Interception):
     """Writes weight normalization out: torch's fused one has a wrong second derivative."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func is torch._weight_norm:
-            return _weight_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _weight_norm(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:

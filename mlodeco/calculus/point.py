@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,19 +51,7 @@ class Point:
         """
         for number, items in enumerate(self.batches):
             seed_streams(make_seed(self.seed, number), self.generators)
-            yield self.loss.call({name: _fresh(value) for name, value in items.items()})
-
-
-def _fresh(value: Any, depth: int = 2) -> Any:
-    """The same tensors in containers of their own, so that ``batch.pop("y")`` hurts nobody."""
-    kind = type(value)
-    if not depth:
-        return value
-    if kind is dict:
-        return {key: _fresh(part, depth - 1) for key, part in value.items()}
-    if kind is list or kind is tuple:
-        return kind(_fresh(part, depth - 1) for part in value)
-    return copy.copy(value) if isinstance(value, MutableMapping | list) else value
+            yield self.loss.call(items)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from mlodeco.calculus.autograd_graph import walk_graph
+from mlodeco.calculus.interception import Interception
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.calculus.stateless import live
@@ -100,7 +100,7 @@ def _leaves(root: Any) -> set[int]:
     return {id(variable) for variable in variables if variable is not None}
 
 
-class _KeepsToItsTask(TorchFunctionMode):
+class _KeepsToItsTask(Interception):
     """Refuses ``.backward()`` and optimizer steps inside a loss function."""
 
     def __init__(self, level: str, site: str) -> None:
@@ -117,16 +117,12 @@ class _KeepsToItsTask(TorchFunctionMode):
         self._hook.remove()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func in (torch.Tensor.backward, torch.autograd.backward):
             raise self._error("calls .backward()")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _refuse_step(self, *_: Any) -> None:
         raise self._error("steps an optimizer")

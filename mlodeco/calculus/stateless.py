@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -209,6 +210,8 @@ class StatelessLoss:
     def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Calls the user's function as things are, and checks what it returns.
 
+        Containers among the items are copied, so that a function may take its batch apart.
+
         Returns:
             The scalar loss and the metrics that came with it.
 
@@ -216,13 +219,25 @@ class StatelessLoss:
             LossError: it is not a scalar loss.
         """
         try:
-            returned = self.module(items)
+            returned = self.module({name: _fresh(value) for name, value in items.items()})
         except MlodecoError:
             raise
         except Exception as error:
             error.add_note(f"raised in the loss of level {self.level!r} ({self.site})")
             raise
         return read_loss(returned, self.level, self.site)
+
+
+def _fresh(value: Any, depth: int = 2) -> Any:
+    """The same tensors in containers of their own, so that ``batch.pop("y")`` hurts nobody."""
+    kind = type(value)
+    if not depth:
+        return value
+    if kind is dict:
+        return {key: _fresh(part, depth - 1) for key, part in value.items()}
+    if kind is list or kind is tuple:
+        return kind(_fresh(part, depth - 1) for part in value)
+    return copy.copy(value) if isinstance(value, MutableMapping | list) else value
 
 
 def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, Any]]:

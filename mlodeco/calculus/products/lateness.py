@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from mlodeco.calculus.autograd_graph import count_nodes
+from mlodeco.calculus.interception import Interception
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.stateless import live
 
@@ -16,20 +16,16 @@ LATE_FRACTION = 0.25
 """Late: less than this share of the graph's nodes depends on lambda."""
 
 
-class _SeesHooks(TorchFunctionMode):
+class _SeesHooks(Interception):
     """Notices calls of ``tensor.register_hook``."""
 
     is_hooked = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         self.is_hooked = self.is_hooked or func is torch.Tensor.register_hook
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def enters_late(problem: LowerProblem) -> bool:
