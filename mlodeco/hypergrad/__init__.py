@@ -11,13 +11,19 @@ from mlodeco.hypergrad.cg import CG
 from mlodeco.hypergrad.custom import Custom
 from mlodeco.hypergrad.dense import Dense
 from mlodeco.hypergrad.finite_difference import FiniteDifference
+from mlodeco.hypergrad.gmres import GMRES
 from mlodeco.hypergrad.identity import Identity
 from mlodeco.hypergrad.implicit import Implicit, MatVec
+from mlodeco.hypergrad.minres import MINRES
 from mlodeco.hypergrad.neumann import Neumann
+from mlodeco.hypergrad.nystrom import Nystrom
+from mlodeco.hypergrad.sama import Sama
 from mlodeco.hypergrad.table import NAMES, describe, resolve
 
 __all__ = [
     "CG",
+    "GMRES",
+    "MINRES",
     "NAMES",
     "Custom",
     "Dense",
@@ -27,7 +33,9 @@ __all__ = [
     "MatVec",
     "Method",
     "Neumann",
+    "Nystrom",
     "Response",
+    "Sama",
     "Solution",
     "Status",
     "describe",

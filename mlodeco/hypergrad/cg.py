@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlodeco.calculus.response import Solution, Status
-from mlodeco.hypergrad.implicit import Implicit, MatVec
-from mlodeco.hypergrad.options import check_count, check_number
+from mlodeco.hypergrad.implicit import MatVec
+from mlodeco.hypergrad.krylov import Krylov
 from mlodeco.tree import Tree, add, dot, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(Implicit):
+class CG(Krylov):
     """Conjugate gradients on ``(H + damping I) x = b`` from ``x = 0``.
 
     Converges if H is symmetric positive definite, in at most as many steps as H has distinct
@@ -21,25 +21,13 @@ class CG(Implicit):
     Attributes:
         max_steps: the largest number of steps.
         rtol: stops once ``|b - H x| <= rtol * |b|``; 0 stops at an exact zero alone.
+        warm_start: start from the last solution of a run; see ``Krylov``.
 
     Stops with what it has, and says so, at a direction without positive curvature.
 
     Reference:
         Hestenes & Stiefel 1952; for hypergradients Rajeswaran et al. 2019, arXiv:1909.04630.
     """
-
-    max_steps: int = 20
-    rtol: float = 1e-6
-
-    def __post_init__(self) -> None:
-        """Checks the options.
-
-        Raises:
-            MethodError: one cannot be right.
-        """
-        super().__post_init__()
-        check_count(self, "max_steps", self.max_steps)
-        check_number(self, "rtol", self.rtol, positive=False)
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Iterates; an exact hit ends it before a division by zero."""

@@ -12,8 +12,12 @@ from mlodeco.hypergrad.cg import CG
 from mlodeco.hypergrad.custom import Custom
 from mlodeco.hypergrad.dense import Dense
 from mlodeco.hypergrad.finite_difference import FiniteDifference
+from mlodeco.hypergrad.gmres import GMRES
 from mlodeco.hypergrad.identity import Identity
+from mlodeco.hypergrad.minres import MINRES
 from mlodeco.hypergrad.neumann import Neumann
+from mlodeco.hypergrad.nystrom import Nystrom
+from mlodeco.hypergrad.sama import Sama
 
 NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "identity": Identity,
@@ -22,6 +26,10 @@ NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "darts": FiniteDifference,
     "neumann": Neumann,
     "cg": CG,
+    "minres": MINRES,
+    "gmres": GMRES,
+    "nystrom": Nystrom,
+    "sama": Sama,
     "dense": Dense,
 }
 

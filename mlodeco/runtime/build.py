@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
@@ -37,6 +38,7 @@ class BuiltLevel:
     own_children: frozenset[int]
     decisions: Decisions = field(default_factory=Decisions)
     last_batches: tuple[Any, ...] | None = None
+    optimizer: Optimizer | None = None
     is_probed: bool = False
     reported: set[Status] = field(default_factory=set)
 
@@ -148,6 +150,7 @@ def build(registry: Registry) -> Build:
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
         if name in same:
             levels[name].last_batches = same[name].last_batches
+            levels[name].optimizer = same[name].optimizer
     reads = {
         name: dict.fromkeys(
             other for other in (*bindings[name].reads, *level.loss.sees) if other != name

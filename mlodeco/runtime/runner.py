@@ -122,6 +122,8 @@ class Runner:
         hooks = Hooks(registry, self.built)
         validations = [Validation(d, self.built, place) for d in registry.validations]
         self._trainers = {n: Trainer(level, place) for n, level in self.built.levels.items()}
+        for trainer in self._trainers.values():
+            trainer.level.optimizer = trainer.optimizer
         self._hooks = hooks
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
@@ -249,6 +251,7 @@ class Runner:
                 )
                 for s in found.solves
             ),
+            cosine=found.cosine,
         )
         self._steps.append(record)
         self.history.steps.append(record)
@@ -282,11 +285,14 @@ class Runner:
             {**items, name: batches},
             lambda n: own if n == name else self._muted(n),
             rank=rank,
+            memories=trainer.memories,
         )
         ctx.adopt(own)
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
-        found = Gradients(hyper.loss, hyper.metrics, hyper.solves)
+        trainer.memories = hyper.memories
+        cosine = trainer.turn_of(hyper.gradient)
+        found = Gradients(hyper.loss, hyper.metrics, hyper.solves, cosine)
         self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches, ctx))
         return found
 

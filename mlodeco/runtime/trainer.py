@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mlodeco.calculus.randomness import SavedRandomness
 from mlodeco.calculus.stateless import State, require_finite
-from mlodeco.calculus.sweep import Solve
+from mlodeco.calculus.sweep import Memories, Solve
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, items_for
 from mlodeco.runtime.optimizers import make_optimizer, make_scheduler
+from mlodeco.tree import Tree, dot, norm
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Gradients:
     loss: float
     metrics: dict[str, Any]
     solves: tuple[Solve, ...] = ()
+    cosine: float | None = None
 
 
 class Trainer:
@@ -38,6 +40,8 @@ class Trainer:
         self.level = level
         self.optimizer = make_optimizer(level)
         self.scheduler = make_scheduler(level, self.optimizer)
+        self.memories: Memories = {}
+        self._last_hypergradient: Tree = {}
         self._feed = Feed(level.declaration)
         self._place = place
         self._snapshot: _Snapshot | None = None
@@ -110,6 +114,12 @@ class Trainer:
                 if slot.child in self.level.own_children:
                     slot.tensor.copy_(state[slot.key])
 
+    def turn_of(self, hypergradient: Tree) -> float | None:
+        """The cosine with the last hypergradient, which this one then replaces."""
+        last, self._last_hypergradient = self._last_hypergradient, hypergradient
+        sizes = norm(last) * norm(hypergradient)
+        return dot(last, hypergradient) / sizes if sizes > 0.0 else None
+
     def gradients(self) -> dict[str, Tensor]:
         """The present ``.grad`` by parameter name."""
         found = {name: p.grad for name, p in self.level.parameters.items()}
@@ -128,19 +138,19 @@ class Trainer:
         bound = self.level.declaration.clip_norm
         grads = [p.grad for p in parameters if p.grad is not None]
         size = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        norm = float(size)
-        if not math.isfinite(norm):
+        length = float(size)
+        if not math.isfinite(length):
             raise NonFiniteError(
-                f"the norm of the gradient is {norm}.",
+                f"the norm of the gradient is {length}.",
                 expected="a finite number.",
                 remedy="use a smaller learning rate or clip_norm=, or look for operations "
                 "whose derivative is infinite, such as sqrt at 0.",
                 level=self.level.name,
                 site=self.level.site,
             )
-        if bound is not None and norm > bound:
+        if bound is not None and length > bound:
             torch.nn.utils.clip_grads_with_norm_(parameters, bound, size)
-        return norm
+        return length
 
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler."""
