@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 class Program(Registry):
-    """A registry of levels, validations, hooks and methods that are run together.
+    """A registry of levels, sources, validations, hooks and methods that are run together.
 
     There is a default one; ``with Program() as p:`` makes another the current one, to which
     the module-level decorators then belong.
@@ -80,6 +80,7 @@ def _of_current(method: Callable[Concatenate[Program, P], R]) -> Callable[P, R]:
 
 level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
+source = _of_current(Program.source)  # type: ignore[arg-type]
 validate = _of_current(Program.validate)
 method = _of_current(Program.method)
 
@@ -136,7 +137,9 @@ def hypergradient(
     Args:
         level: the level.
         batches: for levels, the batch to use (a list of ``accumulate`` batches where that is
-            above 1); others use that of the last step, else the first of a fresh iterator.
+            above 1), and for sources the item that every level reads; others use that of the
+            last step, else the first of a fresh iterator. A source with ``refresh="loop"``
+            gives all levels the item of the newest step among its readers'.
         program: the program; default: the current one.
         hypergrad: a method for every edge in place of those declared; None for the direct
             gradient alone.
