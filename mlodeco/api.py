@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
-from mlodeco.declare.records import UNSET, Unset
+from mlodeco.declare.records import UNSET, Refresh, Unset
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.hypergrad import describe
 from mlodeco.runtime import Accelerator, Result, Runner, build
@@ -19,6 +19,7 @@ from mlodeco.show import Form, GraphView, make_display
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Program(Registry):
@@ -78,9 +79,19 @@ def _of_current(method: Callable[Concatenate[Program, P], R]) -> Callable[P, R]:
     return call
 
 
+class _Source(Protocol):
+    """``Program.source`` as a function: with parentheses and without."""
+
+    @overload
+    def __call__(self, name: str | None = None, refresh: Refresh = "step") -> Callable[[T], T]: ...
+
+    @overload
+    def __call__(self, name: T, refresh: Refresh = "step") -> T: ...
+
+
 level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
-source = _of_current(Program.source)  # type: ignore[arg-type]
+source: _Source = _of_current(Program.source)  # type: ignore[arg-type,assignment]
 validate = _of_current(Program.validate)
 method = _of_current(Program.method)
 
