@@ -91,7 +91,7 @@ class _Source(Protocol):
 
 level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
-source: _Source = _of_current(Program.source)  # type: ignore[arg-type,assignment]
+source: _Source = _of_current(Program.source)  # type: ignore[assignment]
 validate = _of_current(Program.validate)
 method = _of_current(Program.method)
 

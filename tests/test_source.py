@@ -1046,6 +1046,7 @@ DECLARATIONS = {
     "reserved_too": (declare("ctx"), "'ctx' is reserved", "choose another name"),
     "lambda": (declare(value=lambda: iter([1])), "'<lambda>'", "like a variable"),
     "object_without_name": (declare(value=[1.0]), "no name", "source('name')(object)"),
+    "generator_without_name": (declare(value=counting()), "no name", "source('name')(object)"),
     "bare_object_without_name": (bare([1.0]), "no name", "source('name')(object)"),
     "number": (declare("task", value=3), "given 3", "source('name')(list_of_items)"),
     "bare_number": (bare(3), "given 3", "source('name')(list_of_items)"),
@@ -1226,3 +1227,15 @@ def test_tensor_items_of_a_run_match_a_loop_by_hand():
         r -= 0.1 * response * 2 * (x - 2) * new.square().sum().item()
     assert program.module("policy").x.item() == pytest.approx(x)
     assert program.module("reward").x.item() == pytest.approx(r)
+
+
+def test_a_live_parameter_as_an_item_is_refused():
+    def task(top):
+        while True:
+            yield top.x
+
+    program = level_with(lambda own, task: (own.x - task) ** 2, task)
+    program.level("top", module=one(), optimizer=partial(SGD, lr=1.0))(plain)
+    with pytest.raises(BindingError, match="'top'") as caught:
+        run(program)
+    assert "detach()" in caught.value.remedy

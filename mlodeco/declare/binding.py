@@ -216,7 +216,7 @@ def _refuse_unknown_reads(
             raise BindingError(
                 f"reads= names {name!r}, {what}.",
                 expected=f"another level: {quoted(n for n in levels if n != declaration.name)}.",
-                remedy=f"name a declared level.{did_you_mean(name, levels)}",
+                remedy=f"name a declared level.{did_you_mean(name, (*levels, *sources))}",
                 level=declaration.name,
                 site=str(declaration.site),
             )

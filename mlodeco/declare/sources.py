@@ -23,21 +23,19 @@ def declare_source(
     Raises:
         DeclarationError: something about it cannot be right.
     """
-    given = SourceDeclaration("", value, locate_call("source"), "step")
-    called = name
-    if name is None and given.is_function:
-        called = getattr(underlying(value), "__name__", None)
-    has_code = hasattr(underlying(value), "__code__") if given.is_function else False
-    site = locate(value) if has_code else locate_call(str(called))
+    plain = underlying(value) if callable(value) else None
+    called = getattr(plain, "__name__", None) if name is None else name
+    site = locate(value) if hasattr(plain, "__code__") else locate_call(str(called))
     check = Checker("@source", None, site, source=called)
     check.unknown(unknown, SOURCE_OPTIONS)
     check.choice("refresh", refresh, get_args(Refresh))
-    if given.is_function:
+    declaration = SourceDeclaration(str(called), value, site, cast(Refresh, refresh))
+    if declaration.is_function:
         _check_function(check, value)
     else:
         _check_object(check, value)
     _check_name(check, called)
-    return SourceDeclaration(str(called), value, site, cast(Refresh, refresh)), check
+    return declaration, check
 
 
 def _check_name(check: Checker, name: object) -> None:

@@ -203,7 +203,7 @@ def preserved_generators(data: Any) -> Iterator[None]:
         restore = _restoring(value)
         if restore is not None:
             undo.append(restore)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict) or (value is data and isinstance(value, Mapping)):
             pending.extend(value.values())
         elif isinstance(value, partial | FunctionType | MethodType):
             pending.extend(captured_by(value))
