@@ -11,6 +11,8 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
@@ -1239,3 +1241,52 @@ def test_a_live_parameter_as_an_item_is_refused():
     with pytest.raises(BindingError, match="'top'") as caught:
         run(program)
     assert "detach()" in caught.value.remedy
+
+
+# random programs
+
+
+@st.composite
+def programs(draw):
+    """Options of levels, each above some of those before it, and the names of the readers."""
+    levels = {}
+    for number in range(draw(st.integers(1, 5))):
+        lower = [name for name in levels if draw(st.booleans())]
+        levels[f"level{number}"] = {
+            "lower": lower,
+            "inner_steps": draw(st.integers(1, 3)),
+            "repeat": draw(st.integers(1, 2)),
+            "warmup": draw(st.integers(0, 2)),
+            "accumulate": draw(st.integers(1, 2)),
+        }
+    readers = [name for name in levels if draw(st.booleans())] or ["level0"]
+    return levels, readers
+
+
+def below(levels, name):
+    direct = levels[name]["lower"]
+    return {*direct, *(deep for low in direct for deep in below(levels, low))}
+
+
+@settings(max_examples=40, deadline=None)
+@given(programs(), st.sampled_from(["step", "loop"]))
+def test_any_program_against_the_words_of_the_documentation(case, refresh):
+    levels, readers = case
+    options = {n: {**o, "idle": n not in readers} for n, o in levels.items()}
+    steps = run(program_of(refresh, options), 12).history.steps
+    highest = {n for n in readers if not any(n in below(levels, other) for other in readers)}
+    numbers, current, waits_for = itertools.count(1), None, set()
+    for count, record in enumerate(steps, start=1):
+        name, chosen = record.level, levels[record.level]
+        if name not in readers:
+            continue
+        if refresh == "step":
+            items = [next(numbers) for _ in range(chosen["accumulate"])]
+            assert record.grad_norm == pytest.approx(sum(items) / len(items))
+            continue
+        if not waits_for:
+            current, waits_for = next(numbers), set(highest)
+        assert record.grad_norm == current
+        own = [r for r in steps[:count] if r.level == name]
+        if len(own) % chosen["repeat"] == 0:
+            waits_for.discard(name)
