@@ -9,6 +9,7 @@ from mlodeco.api import (
     method,
     on,
     run,
+    source,
     validate,
 )
 from mlodeco.errors import MlodecoError, MlodecoWarning
@@ -33,6 +34,7 @@ __all__ = [
     "method",
     "on",
     "run",
+    "source",
     "tree",
     "validate",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
-from mlodeco.declare.records import UNSET, Unset
+from mlodeco.declare.records import UNSET, Refresh, Unset
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.hypergrad import describe
 from mlodeco.runtime import Accelerator, Result, Runner, build
@@ -19,10 +19,11 @@ from mlodeco.show import Form, GraphView, make_display
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Program(Registry):
-    """A registry of levels, validations, hooks and methods that are run together.
+    """A registry of levels, sources, validations, hooks and methods that are run together.
 
     There is a default one; ``with Program() as p:`` makes another the current one, to which
     the module-level decorators then belong.
@@ -78,8 +79,19 @@ def _of_current(method: Callable[Concatenate[Program, P], R]) -> Callable[P, R]:
     return call
 
 
+class _Source(Protocol):
+    """``Program.source`` as a function: with parentheses and without."""
+
+    @overload
+    def __call__(self, name: str | None = None, refresh: Refresh = "step") -> Callable[[T], T]: ...
+
+    @overload
+    def __call__(self, name: T, refresh: Refresh = "step") -> T: ...
+
+
 level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
+source: _Source = _of_current(Program.source)  # type: ignore[assignment]
 validate = _of_current(Program.validate)
 method = _of_current(Program.method)
 
@@ -136,7 +148,9 @@ def hypergradient(
     Args:
         level: the level.
         batches: for levels, the batch to use (a list of ``accumulate`` batches where that is
-            above 1); others use that of the last step, else the first of a fresh iterator.
+            above 1), and for sources the item that every level reads; others use that of the
+            last step, else the first of a fresh iterator. A source with ``refresh="loop"``
+            gives all levels the item of the newest step among its readers'.
         program: the program; default: the current one.
         hypergrad: a method for every edge in place of those declared; None for the direct
             gradient alone.

@@ -89,9 +89,9 @@ class Nystrom(Implicit):
         generator = torch.Generator().manual_seed(self.seed or 0)
         rank = min(self.rank, like.numel())
         drawn = torch.randn(like.numel(), rank, dtype=torch.float64, generator=generator)
-        return torch.linalg.qr(drawn.to(like))[0]
+        orthonormal: Tensor = torch.linalg.qr(drawn.to(like))[0]
+        return orthonormal
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    symmetric: Tensor = (matrix + matrix.T) / 2
-    return symmetric.double()
+    return (matrix + matrix.T).double() / 2

@@ -17,10 +17,11 @@ from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import read_step
 
-Batches = Mapping[str, tuple[Any, ...]]
+Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
 
 ContextMaker = Callable[[str], Context]
@@ -69,7 +70,7 @@ def compute_hypergradient(
         return sweep(plan, points, open_edges, memories)
 
 
-def probe_level(built: Build, name: str, batch: Any, ctx: Context, rank: int) -> None:
+def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) -> None:
     """Looks at a level's loss before its first ordinary step."""
     level = built.levels[name]
     if level.is_probed:
@@ -145,7 +146,7 @@ def _warn_of_idle_reads(built: Build, level: BuiltLevel, declared: frozenset[str
 def _make_point(
     built: Build,
     name: str,
-    batches: tuple[Any, ...],
+    batches: tuple[Drawn, ...],
     ctx: Context,
     values: Mapping[str, Any],
     draw: tuple[int, str, int],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.optimizers import make_optimizer, make_scheduler
 from mlodeco.tree import Tree, dot, norm
 
@@ -63,10 +64,15 @@ class Trainer:
         """The optimizer's, in its first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def draw(self) -> tuple[tuple[Any, ...], bool]:
-        """The micro-batches of one step, and whether a pass over the data ended."""
-        drawn = [self._feed.advance() for _ in range(self.level.declaration.accumulate)]
-        return tuple(self._place(batch) for batch, _ in drawn), any(end for _, end in drawn)
+    def draw(self, sources: Sequence[Mapping[str, Any]]) -> tuple[tuple[Drawn, ...], bool]:
+        """The micro-batches of one step, and whether a pass over the data ended.
+
+        Args:
+            sources: for each micro-batch the items of the sources that the level reads.
+        """
+        drawn = [(*self._feed.advance(), items) for items in sources]
+        batches = tuple(Drawn(self._place(batch), items) for batch, _, items in drawn)
+        return batches, any(end for _, end, _ in drawn)
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -89,7 +95,7 @@ class Trainer:
         finally:
             foreign.restore()
 
-    def backward(self, batches: tuple[Any, ...], ctx: Context) -> Gradients:
+    def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels."""
         parameters = list(self.level.parameters.values())
         for parameter in parameters:
