@@ -77,7 +77,9 @@ class Nystrom(Implicit):
             @ torch.linalg.pinv(core, rtol=rounding, hermitian=True)
             @ inner.double().T
         )
-        damped = (small + small.T) / 2 + self.damping * torch.eye(len(small), dtype=small.dtype)
+        damped = (small + small.T) / 2 + self.damping * torch.eye(
+            len(small), dtype=small.dtype, device=small.device
+        )
         along = basis.T @ vector
         values = torch.linalg.eigvalsh(damped)
         x = basis @ torch.linalg.solve(damped, along.double()).to(vector.dtype)
