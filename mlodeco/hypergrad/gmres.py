@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import hypot
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
 from mlodeco.hypergrad.krylov import Krylov
 from mlodeco.hypergrad.options import check_count
-from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
+from mlodeco.tree import Tree, epsilon, flatten, norm, unflatten
 
 _ROUNDING = 16.0
 """Multiples of the dtype's epsilon that a residual may have from rounding alone."""
@@ -50,79 +52,99 @@ class GMRES(Krylov):
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Cycles of at most ``restart`` steps, each from the residual of the last."""
-        start = remaining = norm(b)
-        x, residual = zeros_like(b), b
-        steps, status = 0, Status.MAX_STEPS
+
+        def flat_matvec(vector: Tensor) -> Tensor:
+            return flatten(matvec(unflatten(vector, b))).to(vector)
+
+        residual = flatten(b)
+        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        x, start = torch.zeros_like(residual), norm(b)
+        rounding = _ROUNDING * epsilon(b)
+        remaining, steps, status = 1.0, 0, Status.MAX_STEPS
         while steps < self.max_steps:
             most = min(self.restart, self.max_steps - steps)
-            cycle = _cycle(matvec, residual, most, self.rtol * start)
-            x, residual = add(x, cycle.correction), cycle.residual
+            cycle = _cycle(flat_matvec, residual / start, most, self.rtol)
+            x, residual = x + start * cycle.correction, start * cycle.residual
             steps += cycle.steps
-            remaining = norm(residual)
-            if remaining <= max(self.rtol * start, _ROUNDING * epsilon(b) * start):
+            remaining = _length(residual) / start
+            if remaining <= max(self.rtol, rounding):
                 status = Status.CONVERGED
                 break
             if cycle.is_exhausted:
                 status = Status.SINGULAR
                 break
-        return Solution(x, steps, remaining / start, status)
+        return Solution(unflatten(x, b), steps, remaining, status)
 
 
 @dataclass(frozen=True)
 class _Cycle:
     """What one Krylov space gave; ``is_exhausted`` if it cannot grow."""
 
-    correction: Tree
-    residual: Tree
+    correction: Tensor
+    residual: Tensor
     steps: int
     is_exhausted: bool
 
 
-def _cycle(matvec: MatVec, b: Tree, most: int, goal: float) -> _Cycle:
+def _cycle(matvec: Callable[[Tensor], Tensor], b: Tensor, most: int, goal: float) -> _Cycle:
     """Arnoldi's recurrence until the residual is at most ``goal``."""
-    size, eps = norm(b), epsilon(b)
-    basis = [scale(b, 1.0 / size)]
+    most = min(most, b.numel())
+    size, eps = _length(b), torch.finfo(b.dtype).eps
+    basis = b.new_zeros(most + 1, b.numel())
+    basis[0] = b / size
     matrix = torch.zeros(most + 1, most, dtype=torch.float64)
+    rotations: list[tuple[float, float]] = []
+    remaining = size
     for step in range(1, most + 1):
-        product = matvec(basis[-1])
-        length = norm(product)
-        product, column = _orthogonalize(product, basis)
-        following = norm(product)
+        product = matvec(basis[step - 1])
+        length = _length(product)
+        product, column = _orthogonalize(product, basis[:step])
+        following = _length(product)
         is_exhausted = following <= eps * length
-        matrix[:step, step - 1] = torch.tensor(column, dtype=torch.float64)
         if not is_exhausted:
-            matrix[step, step - 1] = following
-            basis.append(scale(product, 1.0 / following))
-        weights, miss = _least_squares(matrix[: step + 1, :step], size)
-        if is_exhausted or float(torch.linalg.vector_norm(miss)) <= goal:
+            basis[step] = product / following
+        column.append(0.0 if is_exhausted else following)
+        matrix[: step + 1, step - 1] = torch.tensor(column, dtype=torch.float64)
+        remaining *= _rotate(column, rotations)
+        if is_exhausted or remaining <= goal:
             break
-    return _Cycle(_combine(basis, weights), _combine(basis, miss), step, is_exhausted)
+    weights, miss = _least_squares(matrix[: step + 1, :step], size)
+    vectors = basis[: step + 1]
+    return _Cycle(weights.to(b) @ vectors[:-1], miss.to(b) @ vectors, step, is_exhausted)
 
 
-def _orthogonalize(vector: Tree, basis: list[Tree]) -> tuple[Tree, list[float]]:
-    """The part of ``vector`` orthogonal to the basis, and its components along it.
+def _orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, list[float]]:
+    """The part of ``vector`` orthogonal to the rows of ``basis``, and its components along them.
 
     Done twice, which keeps the basis orthogonal to rounding.
     """
-    components = [0.0] * len(basis)
-    for _ in range(2):
-        for number, known in enumerate(basis):
-            part = dot(known, vector)
-            vector = add(vector, known, -part)
-            components[number] += part
-    return vector, components
+    once = basis @ vector
+    vector = vector - once @ basis
+    again = basis @ vector
+    components: list[float] = (once + again).tolist()
+    return vector - again @ basis, components
+
+
+def _rotate(column: list[float], rotations: list[tuple[float, float]]) -> float:
+    """Adds the rotation that makes the last entry of a Hessenberg column zero.
+
+    Returns the factor by which the residual becomes smaller.
+    """
+    entry = column[0]
+    for (cosine, sine), below in zip(rotations, column[1:], strict=False):
+        entry = cosine * below - sine * entry
+    pivot = hypot(entry, column[-1])
+    rotations.append((entry / pivot, column[-1] / pivot) if pivot > 0.0 else (1.0, 0.0))
+    return abs(rotations[-1][1])
 
 
 def _least_squares(matrix: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """Y of smallest ``|size e_1 - matrix y|``, and that difference."""
+    """The y of smallest ``|size e_1 - matrix y|``, and that difference."""
     wanted = torch.zeros(len(matrix), 1, dtype=matrix.dtype)
     wanted[0] = size
     found = torch.linalg.lstsq(matrix, wanted, driver="gelsd").solution
     return found[:, 0], (wanted - matrix @ found)[:, 0]
 
 
-def _combine(basis: list[Tree], weights: Tensor) -> Tree:
-    total: Tree = {}
-    for vector, weight in zip(basis, weights.tolist(), strict=False):
-        total = add(total, vector, weight)
-    return total
+def _length(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector))
