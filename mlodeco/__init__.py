@@ -3,6 +3,7 @@
 from mlodeco import errors, hypergrad, tree
 from mlodeco.api import (
     Program,
+    check,
     current_program,
     hypergradient,
     level,
@@ -14,6 +15,7 @@ from mlodeco.api import (
 )
 from mlodeco.errors import MlodecoError, MlodecoWarning
 from mlodeco.runtime import Context, History, Result, Runner
+from mlodeco.show import Report
 
 __version__ = "0.1.0"
 
@@ -23,9 +25,11 @@ __all__ = [
     "MlodecoError",
     "MlodecoWarning",
     "Program",
+    "Report",
     "Result",
     "Runner",
     "__version__",
+    "check",
     "current_program",
     "errors",
     "hypergrad",

@@ -13,9 +13,10 @@ from mlodeco.declare.records import UNSET, Refresh, Unset
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.hypergrad import describe
 from mlodeco.runtime import Accelerator, Result, Runner, build
+from mlodeco.runtime.checking import compare
 from mlodeco.runtime.functional import compute
 from mlodeco.runtime.runner import check_steps
-from mlodeco.show import Form, GraphView, make_display
+from mlodeco.show import Form, GraphView, Report, make_display
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -165,3 +166,42 @@ def hypergradient(
     return compute(
         level, batches=batches, program=program or current_program(), hypergrad=hypergrad
     )
+
+
+def check(
+    level: str,
+    *,
+    batches: Mapping[str, Any] | None = None,
+    program: Program | None = None,
+    hypergrad: Any | Unset = UNSET,
+    damping: float | None = None,
+) -> Report:
+    """Compares a level's hypergradient with a converged one, at the current parameters.
+
+    The reference solves ``(H + damping I) v = b`` on every edge to a tight tolerance: as a
+    matrix for up to 1024 parameters, else by GMRES or MINRES. Each edge is also checked by
+    itself, with the reference on all others. Nothing is changed. Dear: the reference may take
+    1500 Hessian products, and there is one sweep an edge and a few for the advice.
+
+    Args:
+        level: the level.
+        batches: as for :func:`hypergradient`.
+        program: the program; default: the current one.
+        hypergrad: a method for every edge in place of those declared.
+        damping: of the reference; default: on each edge that of its own method.
+
+    Returns:
+        Errors and cosines by edge and overall, and which knob to turn; ``print`` shows a table.
+
+    Raises:
+        MlodecoError: the program or a batch does not fit, or the level has no lower level to
+            differentiate through.
+    """
+    found = compare(
+        level,
+        batches=batches,
+        program=program or current_program(),
+        hypergrad=hypergrad,
+        damping=damping,
+    )
+    return Report(found)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 from mlodeco.calculus.response import Method
 from mlodeco.errors import MethodError, did_you_mean, quoted
 from mlodeco.hypergrad.cg import CG
+from mlodeco.hypergrad.converged import Converged
 from mlodeco.hypergrad.custom import Custom
 from mlodeco.hypergrad.dense import Dense
 from mlodeco.hypergrad.finite_difference import FiniteDifference
@@ -31,12 +33,26 @@ NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "nystrom": Nystrom,
     "sama": Sama,
     "dense": Dense,
+    "converged": Converged,
 }
 
 
 def describe(method: Method) -> str:
     """The method's name for people: the one it was registered under, else its class's."""
     return method.name if isinstance(method, Custom) else type(method).__name__
+
+
+def spell(method: Method) -> str:
+    """The method as it would be written, with the options that are not the default."""
+    record: Any = method
+    if isinstance(record, Custom) or not is_dataclass(record):
+        return describe(method)
+    options = [
+        f"{field.name}={getattr(record, field.name)!r}"
+        for field in fields(record)
+        if getattr(record, field.name) != field.default
+    ]
+    return f"{type(method).__name__}({', '.join(options)})"
 
 
 def resolve(

@@ -11,7 +11,8 @@ from torch import Tensor
 from mlodeco.declare.records import UNSET, Unset
 from mlodeco.declare.registry import Registry
 from mlodeco.errors import RunError, did_you_mean, quoted
-from mlodeco.runtime.build import BuiltLevel, build
+from mlodeco.graph import SweepPlan
+from mlodeco.runtime.build import Build, BuiltLevel, Methods, build
 from mlodeco.runtime.data import peek
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import compute_hypergradient, muted_context
@@ -29,9 +30,32 @@ def compute(
     hypergrad: Any | Unset,
 ) -> dict[str, Tensor]:
     """What the public ``hypergradient`` computes, for a given program."""
+    built, methods, given = prepare(level, batches, program, hypergrad)
+    top = built.levels[level]
+    items = find_batches(built, built.plan(level, methods), given)
+    result = compute_hypergradient(
+        built, level, items, lambda name: muted_context(built, name), methods=methods
+    )
+    warn_of_trouble(built, result.solves)
+    filled = fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
+    # copies: autograd may give one tensor for two parameters, or an expanded one
+    return {key: torch.empty_like(value).copy_(value) for key, value in filled.items()}
+
+
+def prepare(
+    level: str,
+    batches: Mapping[str, Any] | None,
+    program: Registry,
+    hypergrad: Any | Unset,
+) -> tuple[Build, Methods, dict[str, Any]]:
+    """The program built, the methods of its edges, and the batches given, all checked.
+
+    Raises:
+        MlodecoError: one of them does not fit.
+    """
     built = build(program)
-    top = built.levels[built.graph.known(level)]
-    methods = None if hypergrad is UNSET else built.methods_for(hypergrad)
+    built.graph.known(level)
+    methods = built.methods if hypergrad is UNSET else built.methods_for(hypergrad)
     if batches is not None and not isinstance(batches, Mapping):
         raise RunError(
             f"batches= is a {type(batches).__name__}.",
@@ -47,17 +71,16 @@ def compute(
                 expected=f"some of {quoted(known)}.",
                 remedy=f"correct the key.{did_you_mean(str(name), known)}",
             )
-    plan = built.plan(level, methods)
-    involved = (level, *(visit.level for visit in plan.visits))
+    return built, methods, given
+
+
+def find_batches(
+    built: Build, plan: SweepPlan, given: Mapping[str, Any]
+) -> dict[str, tuple[Drawn, ...]]:
+    """What every level of a sweep is evaluated on."""
+    involved = (plan.top, *(visit.level for visit in plan.visits))
     sources = find_items(built, involved, given)
-    items = {name: _batches_of(built.levels[name], given, sources[name]) for name in involved}
-    result = compute_hypergradient(
-        built, level, items, lambda name: muted_context(built, name), methods=methods
-    )
-    warn_of_trouble(built, result.solves)
-    filled = fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
-    # copies: autograd may give one tensor for two parameters, or an expanded one
-    return {key: torch.empty_like(value).copy_(value) for key, value in filled.items()}
+    return {name: _batches_of(built.levels[name], given, sources[name]) for name in involved}
 
 
 def _batches_of(level: BuiltLevel, given: Mapping[str, Any], items: Items) -> tuple[Drawn, ...]:
