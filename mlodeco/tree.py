@@ -58,8 +58,8 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _dot(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
-    parts = torch.stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs])
-    return float(parts.to(_wide(parts)).sum())
+    parts = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]
+    return float(sum(torch.stack(parts).tolist()))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -84,7 +84,7 @@ def norm(tree: Mapping[str, Tensor]) -> float:
 
 def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:
     parts = torch.stack(torch._foreach_norm(values, 2, dtype=dtype))
-    return float(torch.linalg.vector_norm(parts.to(_wide(parts))))
+    return math.hypot(*parts.tolist())
 
 
 def zeros_like(tree: Mapping[str, Tensor]) -> Tree:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.point import LowerProblem, Point
 from mlodeco.calculus.response import Method, Solution
-from mlodeco.calculus.stateless import State, gradient, live, require_finite
+from mlodeco.calculus.slots import State
+from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.errors import NonFiniteError
 from mlodeco.graph import SweepPlan
 from mlodeco.tree import Tree, add, norm, scale
@@ -51,6 +53,7 @@ class Hypergradient:
     state: State
 
 
+@second_derivatives()
 def sweep(
     plan: SweepPlan,
     points: Mapping[str, Point],

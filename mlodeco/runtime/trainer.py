@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.randomness import SavedRandomness
-from mlodeco.calculus.stateless import State, require_finite
+from mlodeco.calculus.slots import State
+from mlodeco.calculus.stateless import require_finite
 from mlodeco.calculus.sweep import Solve
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import BuiltLevel
