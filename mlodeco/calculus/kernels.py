@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,9 +56,14 @@ class Kernels:
         self._has_rnn = any(isinstance(child, nn.RNNBase) for child in module.modules())
         self._has_weight_norm = any(map(_is_weight_normed, module.modules()))
 
-    @contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self) -> AbstractContextManager[None]:
         """:func:`second_derivatives`, and RNNs without cuDNN, whose kernels have none."""
+        if _is_on and not self._has_rnn and not self._has_weight_norm:
+            return nullcontext()
+        return self._all()
+
+    @contextmanager
+    def _all(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(second_derivatives())
             if self._has_rnn:

@@ -32,9 +32,10 @@ class Slot:
     @property
     def current(self) -> Tensor | None:
         """What stands there; the holder of a scripted module is no full mapping."""
-        if self.name not in self.holder:
+        try:
+            return self.holder[self.name]
+        except KeyError:
             return None
-        return self.holder[self.name]
 
     @property
     def tensor(self) -> Tensor:

@@ -223,7 +223,7 @@ def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, A
         raise refuse(
             f"the loss has dtype {loss.dtype}.", "compute the loss in floating point numbers."
         )
-    return loss.reshape(()), metrics
+    return (loss.reshape(()) if loss.dim() else loss), metrics
 
 
 def require_finite(loss: Tensor, level: str, site: str) -> float:
@@ -253,6 +253,15 @@ def live(tree: Mapping[str, Tensor]) -> Tree:
 def frozen(tree: Mapping[str, Tensor]) -> Tree:
     """The same tensors without gradients."""
     return {key: value.detach() for key, value in tree.items()}
+
+
+def gradients(output: Tensor, trees: Mapping[K, Tree]) -> dict[K, Tree]:
+    """The gradient of one output in several trees at once; missing keys are zero."""
+    inputs = {(name, key): tensor for name, tree in trees.items() for key, tensor in tree.items()}
+    found: dict[K, Tree] = {name: {} for name in trees}
+    for (name, key), value in gradient(output, inputs).items():
+        found[name][key] = value
+    return found
 
 
 def gradient(

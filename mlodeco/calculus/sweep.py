@@ -83,7 +83,9 @@ def sweep(
             _require_finite_tree(cotangent, problem, "the cotangent that reaches the level")
             response = method.respond(problem, cotangent)
             what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
-            _require_finite_tree(response.solution.value, problem, what)
+            value = response.solution.value
+            fresh = {key: t for key, t in value.items() if t is not cotangent.get(key)}
+            _require_finite_tree(fresh, problem, what)
             solves.append(Solve(visit.level, method, response.solution))
             for target, tree in response.cross.items():
                 what = f"the second derivative towards level {target!r}"

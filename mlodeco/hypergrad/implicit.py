@@ -10,7 +10,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.options import Options, check_number, check_product
-from mlodeco.tree import Tree, add, norm, restrict, zeros_like
+from mlodeco.tree import Tree, add, is_zero, restrict, zeros_like
 
 MatVec = Callable[[Tree], Tree]
 """The product with the (damped) Hessian; takes and returns a tree shaped like b."""
@@ -51,7 +51,7 @@ class Implicit(Options, ABC):
 
         Costs the products of the solver and one cross product; nothing for b = 0.
         """
-        if norm(cotangent) == 0.0:
+        if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, 0.0, Status.CONVERGED))
         curvature = open_curvature(problem, self.product)
 
@@ -60,7 +60,7 @@ class Implicit(Options, ABC):
             return add(product, x, self.damping) if self.damping else product
 
         b = restrict(cotangent, curvature.touched())
-        if norm(b) == 0.0:
+        if is_zero(b):
             return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
         solution = self.solve(matvec, b)
         return Response(curvature.cross(solution.value), solution)
