@@ -54,7 +54,7 @@ class Reverse:
         Each graph is walked: a function may take another branch than before.
         """
         roots = [g.grad_fn for tree in gradients for g in tree.values()]
-        if any(node.name().endswith("::Error") for node in walk_graph(roots)):
+        if any(type(node).__name__ == "Error" for node in walk_graph(roots)):
             raise RuntimeError(
                 "a custom autograd function marked @once_differentiable has no second derivative"
             )
