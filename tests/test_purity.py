@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mlodeco
 from mlodeco import Program
+from mlodeco.calculus.randomness import SavedRandomness, preserved_randomness
 from mlodeco.hypergrad import FiniteDifference, Identity
 from tests.problems import randn
 from tests.test_hypergrad_exact import relative
@@ -153,3 +154,31 @@ def test_generator_of_the_context_is_the_same_in_every_pass():
         mlodeco.hypergradient("top", program=program, hypergrad="dense")["x"] for _ in range(2)
     ]
     assert torch.equal(*dense)
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2, 700])
+@pytest.mark.parametrize("between", [0, 1, 2, 700])
+def test_numpys_stream_is_restored_however_it_moved(draws, between):
+    np.random.seed(0)
+    np.random.randn(draws)
+    for _ in range(2):
+        saved, before = SavedRandomness(), np.random.get_state(legacy=False)
+        np.random.randn(between)
+        with preserved_randomness():
+            np.random.randn(3)
+        saved.restore()
+        after = np.random.get_state(legacy=False)
+        assert str(after) == str(before)
+        assert np.array_equal(after["state"]["key"], before["state"]["key"])
+
+
+def test_numpys_stream_may_be_of_another_kind():
+    own = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        saved = SavedRandomness()
+        first = np.random.rand()
+        saved.restore()
+        assert np.random.rand() == first
+    finally:
+        np.random.set_bit_generator(own)

@@ -36,7 +36,7 @@ class SavedRandomness:
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self._python = random.getstate()
         numpy = _numpy()
-        self._numpy = None if numpy is None else numpy.random.get_state()
+        self._numpy = None if numpy is None else numpy.random.get_state(legacy=False)
 
     def restore(self) -> None:
         """Puts every stream back."""

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.response import Method, Solution
-from mlodeco.calculus.stateless import State, gradient, live, require_finite
+from mlodeco.calculus.slots import State
+from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.errors import NonFiniteError
 from mlodeco.graph import SweepPlan
 from mlodeco.tree import Tree, add, norm, scale
@@ -56,6 +58,7 @@ class Hypergradient:
     memories: Memories
 
 
+@second_derivatives()
 def sweep(
     plan: SweepPlan,
     points: Mapping[str, Point],
@@ -90,7 +93,9 @@ def sweep(
             _require_finite_tree(cotangent, problem, "the cotangent that reaches the level")
             response = method.respond(problem, cotangent)
             what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
-            _require_finite_tree(response.solution.value, problem, what)
+            value = response.solution.value
+            fresh = {key: t for key, t in value.items() if t is not cotangent.get(key)}
+            _require_finite_tree(fresh, problem, what)
             solves.append(Solve(visit.level, method, response.solution))
             kept[key] = response.memory
             for target, tree in response.cross.items():

@@ -8,7 +8,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.options import Options, check_number, check_product
-from mlodeco.tree import Tree, norm, scale, zeros_like
+from mlodeco.tree import Tree, is_zero, scale, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Identity(Options):
 
     def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
         """Scales the cotangent and takes one cross product."""
-        if norm(cotangent) == 0.0:
+        if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
         v = scale(cotangent, self.scale)
         cross = open_curvature(problem, self.product).cross(v)

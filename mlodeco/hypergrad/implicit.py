@@ -11,7 +11,7 @@ from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.subbatch import take_part
 from mlodeco.hypergrad.options import Options, check_fraction, check_number, check_product
-from mlodeco.tree import Tree, add, norm, restrict, zeros_like
+from mlodeco.tree import Tree, add, is_zero, restrict, zeros_like
 
 MatVec = Callable[[Tree], Tree]
 """The product with the (damped) Hessian; takes and returns a tree shaped like b."""
@@ -60,7 +60,7 @@ class Implicit(Options, ABC):
 
         Costs the products of the solver and one cross product; nothing for b = 0.
         """
-        if norm(cotangent) == 0.0:
+        if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, 0.0, Status.CONVERGED))
         whole = part = open_curvature(problem, self.product)
         if self.curvature_batch < 1.0:
@@ -72,7 +72,7 @@ class Implicit(Options, ABC):
             return add(product, x, self.damping) if self.damping else product
 
         b = restrict(cotangent, part.touched())
-        if norm(b) == 0.0:
+        if is_zero(b):
             return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
         solution, memory = self.proceed(matvec, b, problem.memory)
         return Response(whole.cross(solution.value), solution, memory)

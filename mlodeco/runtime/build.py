@@ -68,6 +68,7 @@ class Build:
     run_seed: int = 0
     tick: int = 0
     fingerprint: tuple[Any, ...] = ()
+    _plans: dict[str, SweepPlan] = field(default_factory=dict)
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -91,9 +92,12 @@ class Build:
         self.kept.update({source: items[source] for source in items if self.is_kept(source)})
 
     def plan(self, top: str, methods: Methods | None = None) -> SweepPlan:
-        """The sweep for ``top`` under the methods given, else those of the program."""
-        chosen = self.methods if methods is None else methods
-        return plan_sweep(self.graph, top, lambda upper, low: chosen[upper, low] is not None)
+        """The sweep for ``top`` under the methods given, else, and kept, those of the program."""
+        if methods is not None:
+            return plan_sweep(self.graph, top, lambda upper, low: methods[upper, low] is not None)
+        if top not in self._plans:
+            self._plans[top] = self.plan(top, self.methods)
+        return self._plans[top]
 
     def reads_on_paths(self, name: str) -> tuple[str, ...]:
         """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""

@@ -54,7 +54,7 @@ def compute_hypergradient(
         memories: what the methods kept at the last hypergradient of this level.
     """
     chosen = built.methods if methods is None else methods
-    plan = built.plan(top, chosen)
+    plan = built.plan(top, methods)
     with preserved_randomness(), torch.enable_grad():
         involved = [top, *(visit.level for visit in plan.visits)]
         values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})

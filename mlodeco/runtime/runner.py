@@ -276,7 +276,8 @@ class Runner:
         trainer = self._trainers[name]
         rank = self._accelerator.process_index
         if not self.built.graph.lower[name]:
-            probe_level(self.built, name, batches[0], self._muted(name), rank)
+            if not trainer.level.is_probed:
+                probe_level(self.built, name, batches[0], self._muted(name), rank)
             return trainer.backward(batches, ctx)
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.randomness import SavedRandomness
-from mlodeco.calculus.stateless import State, require_finite
+from mlodeco.calculus.slots import Slot, State
+from mlodeco.calculus.stateless import require_finite
 from mlodeco.calculus.sweep import Memories, Solve
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import BuiltLevel
@@ -82,7 +83,8 @@ class Trainer:
         level's buffers change by its own steps alone.
         """
         grads = [(p, p.grad) for p in self.level.parameters.values()]
-        own, foreign = _SavedBuffers(self.level, own=True), _SavedBuffers(self.level, own=False)
+        buffers = self.level.loss.buffers
+        own, foreign = (_SavedBuffers(self.level, buffers, own=own) for own in (True, False))
         randomness = SavedRandomness()
         try:
             yield
@@ -140,23 +142,22 @@ class Trainer:
         Raises:
             NonFiniteError: it is not finite.
         """
-        parameters = [p for p in self.level.parameters.values() if p.grad is not None]
         bound = self.level.declaration.clip_norm
-        grads = [p.grad for p in parameters if p.grad is not None]
-        size = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        length = float(size)
-        if not math.isfinite(length):
+        grads = self.gradients()
+        size = norm(grads)
+        if not math.isfinite(size):
             raise NonFiniteError(
-                f"the norm of the gradient is {length}.",
+                f"the norm of the gradient is {size}.",
                 expected="a finite number.",
                 remedy="use a smaller learning rate or clip_norm=, or look for operations "
                 "whose derivative is infinite, such as sqrt at 0.",
                 level=self.level.name,
                 site=self.level.site,
             )
-        if bound is not None and length > bound:
-            torch.nn.utils.clip_grads_with_norm_(parameters, bound, size)
-        return length
+        if bound is not None and size > bound:
+            # as torch.nn.utils.clip_grad_norm_ does
+            torch._foreach_mul_(list(grads.values()), min(1.0, bound / (size + 1e-6)))
+        return size
 
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler."""
@@ -200,10 +201,10 @@ class Trainer:
 class _SavedBuffers:
     """The buffers that a level's loss sees, its own or those of other levels' modules."""
 
-    def __init__(self, level: BuiltLevel, *, own: bool) -> None:
+    def __init__(self, level: BuiltLevel, buffers: Iterable[Slot], *, own: bool) -> None:
         self._saved = [
             (slot, slot.tensor, slot.tensor.detach().clone())
-            for slot in level.loss.buffers
+            for slot in buffers
             if (slot.child in level.own_children) == own
         ]
 
@@ -220,7 +221,7 @@ class _Snapshot:
     def __init__(self, trainer: Trainer) -> None:
         level = trainer.level
         self._parameters = [(p, p.detach().clone()) for p in level.parameters.values()]
-        self._buffers = _SavedBuffers(level, own=True)
+        self._buffers = _SavedBuffers(level, level.loss.buffers, own=True)
         self._optimizer = copy.deepcopy(trainer.optimizer.state_dict())
         scheduler = trainer.scheduler
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
