@@ -104,6 +104,7 @@ def run(
     seed: int | None = None,
     progress: Form = "auto",
     accelerator: Accelerator | None = None,
+    nested: bool = False,
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -118,6 +119,8 @@ def run(
             the graph or an earlier run has built stay as they are.
         progress: ``"auto"``, ``"live"``, ``"plain"`` or ``"off"``.
         accelerator: an Accelerator to use; default: a new one.
+        nested: hypergradients are the true derivatives through nested best responses, in place
+            of Eq. (2); see :func:`hypergradient`.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -128,7 +131,7 @@ def run(
     """
     check_steps(steps)
     display = make_display(progress)
-    runner = Runner(program or current_program(), seed=seed, accelerator=accelerator)
+    runner = Runner(program or current_program(), seed=seed, accelerator=accelerator, nested=nested)
     if display is not None:
         runner.listeners.append(display)
     return runner.run(steps)
@@ -140,6 +143,7 @@ def hypergradient(
     batches: Mapping[str, Any] | None = None,
     program: Program | None = None,
     hypergrad: Any | Unset = UNSET,
+    nested: bool = False,
 ) -> dict[str, Tensor]:
     """The total derivative of a level's loss in its own parameters; nothing is changed.
 
@@ -155,6 +159,11 @@ def hypergradient(
         program: the program; default: the current one.
         hypergrad: a method for every edge in place of those declared; None for the direct
             gradient alone.
+        nested: the true derivative where levels between respond through levels below them. Eq.
+            (2) takes the Hessian of a level with those below it held constant, which is exact
+            unless the level feeds back into them, as an upper level that they read. Needs
+            linear solvers that converge (CG, MINRES, GMRES, Dense); each product of a level's
+            solve makes solves of the levels below it, so that the cost multiplies with depth.
 
     Returns:
         A tensor for each parameter that the level optimizes, by its name and of its shape
@@ -164,7 +173,11 @@ def hypergradient(
         MlodecoError: the program or a batch does not fit.
     """
     return compute(
-        level, batches=batches, program=program or current_program(), hypergrad=hypergrad
+        level,
+        batches=batches,
+        program=program or current_program(),
+        hypergrad=hypergrad,
+        nested=nested,
     )
 
 

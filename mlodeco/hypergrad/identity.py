@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
+from mlodeco.hypergrad.implicit import MatVec
 from mlodeco.hypergrad.options import Options, check_number, check_product
 from mlodeco.tree import Tree, is_zero, scale, zeros_like
 
@@ -38,6 +39,10 @@ class Identity(Options):
         """
         check_number(self, "scale", self.scale, positive=True)
         check_product(self, self.product)
+
+    def solve(self, matvec: MatVec, b: Tree) -> Solution:
+        """``scale * b``, for nested responses."""
+        return Solution(scale(b, self.scale), 0, None, Status.TRUNCATED)
 
     def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
         """Scales the cotangent and takes one cross product."""

@@ -17,7 +17,7 @@ from mlodeco.declare.binding import Binding, BoundSource, Role, bind, bind_sourc
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import Registry, require_levels
 from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
-from mlodeco.graph import Graph, SweepPlan, plan_sweep
+from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep
 from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
@@ -98,6 +98,15 @@ class Build:
         if top not in self._plans:
             self._plans[top] = self.plan(top, self.methods)
         return self._plans[top]
+
+    def nest(self, top: str, methods: Methods | None = None) -> NestPlan:
+        """What responds to what under ``top``, for ``nested=True``.
+
+        Raises:
+            GraphError: two levels respond to each other through a level below both.
+        """
+        chosen = self.methods if methods is None else methods
+        return plan_nest(self.graph, top, lambda upper, low: chosen[upper, low] is not None)
 
     def reads_on_paths(self, name: str) -> tuple[str, ...]:
         """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""

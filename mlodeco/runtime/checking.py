@@ -14,7 +14,7 @@ from mlodeco.errors import RunError
 from mlodeco.graph import SweepPlan
 from mlodeco.hypergrad import Converged, Implicit, Neumann, spell, turned
 from mlodeco.runtime.build import Build, Methods
-from mlodeco.runtime.engine import Batches, compute_hypergradient, muted_context
+from mlodeco.runtime.engine import Batches, compute_hypergradient, levels_involved, muted_context
 from mlodeco.runtime.functional import find_batches, prepare
 from mlodeco.tree import Tree, add, dot, norm
 
@@ -133,7 +133,10 @@ def compare(
             level=level,
             site=built.levels[level].site,
         )
-    return _Checker(built, plan, find_batches(built, plan, given), methods, reference).findings()
+    involved = levels_involved(built, level, dict(reference), nested=False)
+    return _Checker(
+        built, plan, find_batches(built, involved, given), methods, reference
+    ).findings()
 
 
 def _damping_of(method: Method | None) -> float:

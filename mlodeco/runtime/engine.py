@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.randomness import make_seed, preserved_randomness
@@ -36,6 +37,7 @@ def compute_hypergradient(
     rank: int = 0,
     methods: Methods | None = None,
     memories: Memories | None = None,
+    nested: bool = False,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -52,11 +54,11 @@ def compute_hypergradient(
         rank: the process, for its random numbers.
         methods: methods in place of the program's own.
         memories: what the methods kept at the last hypergradient of this level.
+        nested: the true derivative through nested best responses in place of Eq. (2).
     """
     chosen = built.methods if methods is None else methods
-    plan = built.plan(top, methods)
+    involved = levels_involved(built, top, methods, nested=nested)
     with preserved_randomness(), torch.enable_grad():
-        involved = [top, *(visit.level for visit in plan.visits)]
         values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step)
@@ -67,7 +69,18 @@ def compute_hypergradient(
         for name in involved:
             probe(built, built.levels[name], points[name])
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
-        return sweep(plan, points, open_edges, memories)
+        if nested:
+            return differentiate_nested(built.nest(top, methods), points, open_edges)
+        return sweep(built.plan(top, methods), points, open_edges, memories)
+
+
+def levels_involved(
+    built: Build, top: str, methods: Methods | None, *, nested: bool
+) -> tuple[str, ...]:
+    """The levels whose losses a hypergradient needs, its own first."""
+    if nested:
+        return built.nest(top, methods).levels
+    return (top, *(visit.level for visit in built.plan(top, methods).visits))
 
 
 def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) -> None:

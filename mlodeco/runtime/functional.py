@@ -11,11 +11,10 @@ from torch import Tensor
 from mlodeco.declare.records import UNSET, Unset
 from mlodeco.declare.registry import Registry
 from mlodeco.errors import RunError, did_you_mean, quoted
-from mlodeco.graph import SweepPlan
 from mlodeco.runtime.build import Build, BuiltLevel, Methods, build
 from mlodeco.runtime.data import peek
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.engine import compute_hypergradient, muted_context
+from mlodeco.runtime.engine import compute_hypergradient, levels_involved, muted_context
 from mlodeco.runtime.looks import find_items
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Items
@@ -28,18 +27,33 @@ def compute(
     batches: Mapping[str, Any] | None,
     program: Registry,
     hypergrad: Any | Unset,
+    nested: bool,
 ) -> dict[str, Tensor]:
     """What the public ``hypergradient`` computes, for a given program."""
     built, methods, given = prepare(level, batches, program, hypergrad)
     top = built.levels[level]
-    items = find_batches(built, built.plan(level, methods), given)
+    check_nested(nested)
+    involved = levels_involved(built, level, methods, nested=nested)
+    items = find_batches(built, involved, given)
     result = compute_hypergradient(
-        built, level, items, lambda name: muted_context(built, name), methods=methods
+        built, level, items, lambda name: muted_context(built, name), methods=methods, nested=nested
     )
     warn_of_trouble(built, result.solves)
     filled = fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
     # copies: autograd may give one tensor for two parameters, or an expanded one
     return {key: torch.empty_like(value).copy_(value) for key, value in filled.items()}
+
+
+def check_nested(nested: object) -> None:
+    """Refuses what is not True or False.
+
+    Raises:
+        RunError: it is not.
+    """
+    if not isinstance(nested, bool):
+        raise RunError(
+            f"nested={nested!r}.", expected="True or False.", remedy="set nested=True, or leave it."
+        )
 
 
 def prepare(
@@ -75,10 +89,9 @@ def prepare(
 
 
 def find_batches(
-    built: Build, plan: SweepPlan, given: Mapping[str, Any]
+    built: Build, involved: tuple[str, ...], given: Mapping[str, Any]
 ) -> dict[str, tuple[Drawn, ...]]:
-    """What every level of a sweep is evaluated on."""
-    involved = (plan.top, *(visit.level for visit in plan.visits))
+    """What every level of a hypergradient is evaluated on."""
     sources = find_items(built, involved, given)
     return {name: _batches_of(built.levels[name], given, sources[name]) for name in involved}
 

@@ -22,6 +22,7 @@ from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import compute_hypergradient, muted_context, probe_level
+from mlodeco.runtime.functional import check_nested
 from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord, as_number
 from mlodeco.runtime.hooks import Hooks
 from mlodeco.runtime.report import warn_of_trouble
@@ -81,6 +82,8 @@ class Runner:
         seed: seeds torch, ``random`` and NumPy, before modules are built. Without it
             their streams go on from where they are.
         accelerator: an Accelerator to use; default: a new one.
+        nested: hypergradients are the true derivatives through nested best responses, in place
+            of Eq. (2), which takes the levels below a mid-level as constants.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -92,6 +95,7 @@ class Runner:
         *,
         seed: int | None = None,
         accelerator: Accelerator | None = None,
+        nested: bool = False,
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -99,6 +103,8 @@ class Runner:
         self.history = History()
         self.listeners: list[Listener] = []
         self.tick = 0
+        check_nested(nested)
+        self._nested = nested
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
@@ -289,6 +295,7 @@ class Runner:
             lambda n: own if n == name else self._muted(n),
             rank=rank,
             memories=trainer.memories,
+            nested=self._nested,
         )
         ctx.adopt(own)
         warn_of_trouble(self.built, hyper.solves)
