@@ -109,8 +109,9 @@ def learned(data: Data, start: float, turns: int, seed: int) -> np.ndarray:
     @program.on("before_step", level="penalty")
     @torch.no_grad()
     def watch(left, right, penalty, ctx):
-        held_out = (loss(left, *apart) + loss(right, *apart)).item() / 2
-        tried.append((held_out, penalty.log.exp().numpy()))
+        x, y = (part.to(ctx.device) for part in apart)
+        held_out = (loss(left, x, y) + loss(right, x, y)).item() / 2
+        tried.append((held_out, penalty.log.exp().cpu().numpy()))
         losses = [value for value, _ in tried]
         if len(losses) - 1 - losses.index(min(losses)) >= PATIENCE:
             ctx.stop()
