@@ -54,7 +54,7 @@ PATIENCE = 5  # turns of penalty without a better loss on the samples kept apart
 CAPTION = (
     "Test accuracy in % and test log loss of logistic regression, fitted to the same samples with "
     "one regularization coefficient, by cross-validation, and with one for each feature, learned. "
-    "gain: each minus one. Last rows: the mean and its standard error."
+    "gain: each minus one."
 )
 COLUMNS = ("accuracy\none", "\neach", "\ngain", "log loss\none", "\neach", "\ngain")
 FILES = {"a9a": "libsvm_uci/a9a.npz", "news20": "news20_counts/news20_counts_full.npz"}
@@ -223,7 +223,7 @@ def show(rows: dict[int, list[float]], title: str) -> None:
         error = values.std(axis=0, ddof=1) / len(rows) ** 0.5
         table.add_section()
         table.add_row("mean", *map(str.format, FORMATS, values.mean(axis=0)))
-        table.add_row("+-", *(f"{value:.2g}" for value in error))
+        table.add_row("std. error", *(f"{value:.2g}" for value in error))
     Console(width=100, highlight=False).print(table)
 
 
