@@ -14,7 +14,7 @@ is fitted to all of them as well.
 
 The default data are made for the question: 600 images of digits, and beside the 64 pixels 256
 columns of noise, each a pixel shuffled among the images. One coefficient shrinks both alike.
-`--noise 0` leaves the digits as they are, and then the coefficients learned are no better.
+`--noise 0` leaves the digits as they are; then one coefficient is better than 64.
 
     python examples/logistic_hpo.py
     python examples/logistic_hpo.py --data DIR --dataset a9a
@@ -78,7 +78,7 @@ def learned(data: Data, start: float, turns: int, seed: int) -> np.ndarray:
     program = mlodeco.Program()
     options = {
         "module": {"w": torch.zeros(shape), "b": torch.zeros(shape[1])},
-        "optimizer": partial(Adam, lr=0.02),
+        "optimizer": partial(Adam, lr=0.05),
         "warmup": WARMUP,
         "inner_steps": INNER,
     }
@@ -90,8 +90,8 @@ def learned(data: Data, start: float, turns: int, seed: int) -> np.ndarray:
         cost = (penalty.log.exp() * model.w.square().sum(dim=1)).sum() / 2
         return loss(model, x, y) + cost / len(y)
 
-    # All samples are in one batch, and the levels below are close to their solutions. So the
-    # solution's derivative is what the theorem says, and CG can be asked for an accurate one.
+    # The formula of the hypergradient holds where the levels below are at their solutions. All
+    # samples are in one batch, so they come close: on digits to 5 %, the hypergradient to 10 %.
     @program.level(
         "penalty",
         lower=["left", "right"],
