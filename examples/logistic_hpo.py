@@ -25,6 +25,7 @@ the same for test. Of news20 the 20000 words of most documents are used, as tf-i
 """
 
 import argparse
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ from mlodeco.hypergrad import CG
 
 FIRST_SEED = 100
 GRID = 10.0 ** np.arange(3, -3.5, -0.5)  # the coefficients that cross-validation tries
-WARMUP, INNER = 300, 30  # steps of left and right before the first turn of penalty, and a turn
+WARMUP, INNER = 1000, 30  # steps of left and right before the first turn of penalty, and a turn
 PATIENCE = 5  # turns of penalty without a better loss on the samples kept apart
 CAPTION = (
     "Test accuracy in % and test log loss of logistic regression, fitted to the same samples with "
@@ -78,7 +79,7 @@ def learned(data: Data, start: float, turns: int, seed: int) -> np.ndarray:
     program = mlodeco.Program()
     options = {
         "module": {"w": torch.zeros(shape), "b": torch.zeros(shape[1])},
-        "optimizer": partial(Adam, lr=0.05),
+        "optimizer": partial(Adam, lr=0.1),
         "warmup": WARMUP,
         "inner_steps": INNER,
     }
@@ -135,12 +136,39 @@ def split(data: Data, seed: int) -> list[tuple[Tensor, Tensor]]:
     return [(tensor(data.x[i]), torch.tensor(data.y[i])) for i in np.split(order, cuts)]
 
 
-def tensor(x: Any) -> Tensor:
-    if not sp.issparse(x):
-        return torch.tensor(x)
-    x = x.tocoo()
-    index, values = torch.tensor(np.stack([x.row, x.col])), torch.tensor(x.data)
-    return torch.sparse_coo_tensor(index, values, x.shape, check_invariants=True).coalesce()
+def tensor(x: Any) -> "Tensor | Sparse":
+    return Sparse(*map(compressed, (x, x.T))) if sp.issparse(x) else torch.tensor(x)
+
+
+def compressed(x: Any) -> Tensor:
+    x = x.tocsr().sorted_indices()
+    parts = (torch.tensor(part) for part in (x.indptr, x.indices, x.data))
+    with warnings.catch_warnings(action="ignore"):  # "beta state"
+        return torch.sparse_csr_tensor(*parts, x.shape, check_invariants=True)
+
+
+class Sparse(NamedTuple):
+    """A constant sparse matrix. With its transpose at hand derivatives are ten times as fast."""
+
+    x: Tensor
+    transposed: Tensor
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return Product.apply(*self, other)
+
+    def to(self, device: torch.device) -> "Sparse":
+        return Sparse(self.x.to(device), self.transposed.to(device))
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, transposed, other):
+        ctx.swapped = transposed, x
+        return x @ other
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, Product.apply(*ctx.swapped, grad)
 
 
 def cross_validated(data: Data) -> float:
