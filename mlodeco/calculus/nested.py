@@ -150,7 +150,7 @@ class _Nest:
         theta = live(self._points[level].values[level])
         for _ in range(order):
             total = self._total_gradient(level, {**given, level: theta}, order)
-            moved = {key: g - g.detach() for key, g in total.items() if g.requires_grad}
+            moved = {key: g - g.detach() for key, g in total.items()}
             theta = add(theta, inverse(moved), -1.0)
         return theta
 
