@@ -10,7 +10,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.options import Options, check_number, check_product
-from mlodeco.tree import Tree, add, norm, restrict, zeros_like
+from mlodeco.tree import Tree, add, fill, norm, restrict, zeros_like
 
 MatVec = Callable[[Tree], Tree]
 """The product with the (damped) Hessian; takes and returns a tree shaped like b."""
@@ -59,7 +59,8 @@ class Implicit(Options, ABC):
             product = curvature.hvp(x)
             return add(product, x, self.damping) if self.damping else product
 
-        b = restrict(cotangent, curvature.touched())
+        # zeros where only the lower loss reaches: the inverse fills them
+        b = fill(cotangent, restrict(problem.parameters, curvature.touched()))
         if norm(b) == 0.0:
             return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
         solution = self.solve(matvec, b)
