@@ -850,6 +850,7 @@ def test_fields_give_each_argument_its_part_of_every_micro_batch(kind):
 # reads
 
 
+@pytest.mark.parametrize("fields", [True, False], ids=["fields", "loaders"])
 @pytest.mark.parametrize(
     ("reads", "names"),
     [
@@ -858,11 +859,12 @@ def test_fields_give_each_argument_its_part_of_every_micro_batch(kind):
         ({"a": "a", "b": "b"}, ("a", "b")),
         ({"batch": "a", "ctx": "b"}, ("batch", "ctx")),
         ({"y": "a", "b": "b"}, ("y", "b")),
+        ({"y": "a", "low": "b"}, ("y", "low")),
         ({"other": "a"}, ("other", "b")),
     ],
-    ids=["other_names", "names_crossed", "own_names", "reserved", "of_a_field", "some"],
+    ids=["other_names", "names_crossed", "own_names", "reserved", "of_a_field", "own_name", "some"],
 )
-def test_reads_as_a_mapping_say_which_level_an_argument_is(reads, names):
+def test_reads_as_a_mapping_say_which_level_an_argument_is(reads, names, fields):
     loss = {}
     exec(
         f"def low(m, {names[1]}, x, {names[0]}):\n"
@@ -878,8 +880,11 @@ def test_reads_as_a_mapping_say_which_level_an_argument_is(reads, names):
         module={"x": start["low"]},
         optimizer=sgd,
         reads=reads,
-        data=[(x, 0) for x in xs],
-        fields=("x", "z" if "y" in reads else "y"),
+        **(
+            {"data": [(x, 0) for x in xs], "fields": ("x", "y")}
+            if fields
+            else {"data": {"y": [0], "x": xs}}
+        ),
     )(loss["low"])
     for name in ("a", "b"):
         program.level(
@@ -1068,6 +1073,49 @@ def test_the_loaders_of_a_mapping_go_each_at_its_own_pace(by):
     same(program.module("top"), net)
     names = [n for n, _ in net.named_parameters()]
     assert_close(hypergradient(program), exact(top, low, names))
+
+
+def test_epochs_of_a_mapping_are_those_of_its_first_loader():
+    """And ``epoch_end`` comes with the end of any."""
+    seen, ends = [], []
+
+    def low_loss(model, a, b, net, ctx):
+        seen.append((ctx.tick, ctx.epoch))
+        return weighted(model, a, net) + weighted(model, b, net)
+
+    program = bilevel(low_loss, low_data={"a": LOWS, "b": TOPS}, low_accumulate=2)
+    program.on("epoch_end", level="low")(lambda ctx: ends.append((ctx.step, ctx.epoch)))
+    run(program, 7)
+    # a ends with the micro-batches 3, 6, 9, ..., and b with each second one
+    assert dict(seen) == {1: 0, 2: 1, 3: 1, 4: 2, 5: 3, 6: 3, 7: 4}
+    assert ends == [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (6, 4), (7, 4)]
+
+
+def test_epoch_ends_with_any_loader_of_a_mapping():
+    ends = []
+    program = bilevel(
+        lambda model, a, b, net: weighted(model, a, net) + weighted(model, b, net),
+        low_data={"b": batches(5, 4), "a": LOWS},
+    )
+    program.on("epoch_end", level="low")(lambda ctx: ends.append((ctx.step, ctx.epoch)))
+    run(program, 10)
+    assert ends == [(3, 0), (5, 1), (6, 1), (9, 1), (10, 2)]
+
+
+def test_a_generator_function_is_asked_anew_for_each_pass():
+    asked = []
+
+    def generate():
+        asked.append(None)
+        yield from (LOWS if len(asked) % 2 else TOPS)
+
+    program = bilevel(low_data=generate)
+    run(program, 9)
+    model, net = classifier(), weigher()
+    low, top = twins(model, net)
+    low.data = cycle([*LOWS, *TOPS])
+    by_hand(low, top, ticks=9)
+    same(program.module("low"), model)
 
 
 def test_levels_may_share_a_loader_and_each_has_its_own_place_in_it():
