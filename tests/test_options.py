@@ -615,7 +615,11 @@ def per_group(optimizer):
 
 
 def of_module(make):
-    return lambda module: make(module)
+    def optimizer(module):
+        assert isinstance(module, nn.Module)
+        return make(module)
+
+    return optimizer
 
 
 def keyword_only(make):
@@ -965,6 +969,11 @@ class WithLength(NoLength):
         return 3
 
 
+class CallableToo(NoLength):
+    def __call__(self):
+        raise AssertionError("an iterable is no factory")
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(LOWS)
@@ -980,6 +989,7 @@ FORMS = {
     "with_length": WithLength,
     "without_length": NoLength,
     "by_index": ByIndex,
+    "iterable_that_can_be_called": CallableToo,
     "loader": lambda: DataLoader(LOWS, batch_size=None),
     "loader_with_collation": lambda: DataLoader(
         [(x, y) for xs, ys in LOWS for x, y in zip(xs, ys, strict=True)], batch_size=6
