@@ -1139,6 +1139,15 @@ def test_levels_may_share_a_loader_and_each_has_its_own_place_in_it():
     same(program.module("top"), net)
 
 
+def test_last_batches_are_kept_by_a_declaration_after_the_run():
+    program = bilevel()
+    run(program, 2)
+    before = hypergradient(program)
+    program.level("other", module=weigher, data=LOWS)(lambda m, batch: clean(m, batch, m))
+    after = hypergradient(program)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_data_is_the_same_loss_at_each_step(accumulate):
     def low_loss(model, net):
