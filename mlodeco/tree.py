@@ -87,6 +87,11 @@ def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:
     return float(torch.linalg.vector_norm(parts.to(_wide(parts))))
 
 
+def epsilon(tree: Mapping[str, Tensor]) -> float:
+    """The relative rounding of sums over the entries: that of their coarsest dtype."""
+    return max(torch.finfo(_SINGLE.get(t.dtype, t.dtype)).eps for t in tree.values())
+
+
 def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
     """Zeros of the same keys, shapes and dtypes."""
     return {key: torch.zeros_like(value) for key, value in tree.items()}

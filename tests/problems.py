@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from mlodeco import Program
 
@@ -50,7 +52,12 @@ def bilevel(
         "low", module=low_module, data=[low_batch], reads={_third(low): "top"}, **options
     )(low)
     program.level(
-        "top", lower=["low"], module=top_module, data=[top_batch], reads={_third(top): "low"}
+        "top",
+        lower=["low"],
+        module=top_module,
+        data=[top_batch],
+        reads={_third(top): "low"},
+        optimizer=partial(SGD, lr=0.01),
     )(top)
     w, h = program.module("low"), program.module("top")
     return Problem(

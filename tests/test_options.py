@@ -406,6 +406,16 @@ def test_levels_that_share_one_module(order, modules, factory):
         assert_close(hypergradient(program, name), exact(side, low, [name]))
 
 
+def test_a_chain_of_names_leads_to_its_own_module():
+    program = Program()
+    program.level("first", module=Mixed)(of_weights)
+    program.level("last", module="middle", params=only("alpha"))(of_alpha)
+    program.level("middle", module="owner", params=only("beta"))(of_beta)
+    program.level("owner", module=Mixed, params=is_weight)(of_weights)
+    modules = [program.module(name) for name in ("last", "middle", "owner")]
+    assert modules[0] is modules[1] is modules[2] is not program.module("first")
+
+
 def test_buffers_of_a_shared_module_are_those_of_its_weights():
     """Neither an upper nor a leaf that shares the module touches them."""
     program, model = Program(), Mixed()

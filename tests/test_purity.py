@@ -126,7 +126,7 @@ def test_dropout_is_on_and_differs_between_steps():
     program, _ = noisy_program()
     runner = mlodeco.Runner(program, seed=0)
     runner.step()
-    batch = {name: level.last_batches[0] for name, level in runner.built.levels.items()}
+    batch = {name: level.last_batches[0].batch for name, level in runner.built.levels.items()}
     found = []
     for tick in (1, 2):
         runner.built.tick = tick

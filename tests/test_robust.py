@@ -23,6 +23,7 @@ from mlodeco.errors import (
 )
 from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity, Neumann, describe
 from mlodeco.runtime.build import build
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.tree import dot, norm
 from tests import reference
 from tests.problems import bilevel, network, quadratic, randn
@@ -224,7 +225,7 @@ def test_unchanged_modules_are_built_once_and_factories_never_again():
     problem = weighted(factory)
     first = build(problem.program)
     assert build(problem.program) is first
-    first.tick, first.run_seed, first.levels["low"].last_batches = 3, 5, ((X, Y),)
+    first.tick, first.run_seed, first.levels["low"].last_batches = 3, 5, (Drawn((X, Y)),)
     made[0][0].requires_grad_(False)
     second = build(problem.program)
     assert second is not first

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.point import LowerProblem, Memory
 from mlodeco.calculus.products import Cross
 from mlodeco.tree import Tree
 
@@ -48,10 +48,14 @@ class Solution:
 
 @dataclass(frozen=True)
 class Response:
-    """The solution v of the linear system and the cross products ``(dg/dlambda)^T v``."""
+    """The solution v of the linear system and the cross products ``(dg/dlambda)^T v``.
+
+    ``memory`` is handed to the method at the next hypergradient of a run.
+    """
 
     cross: Cross
     solution: Solution
+    memory: Memory = field(default_factory=dict)
 
 
 class Method(Protocol):

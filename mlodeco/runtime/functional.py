@@ -11,10 +11,14 @@ from torch import Tensor
 from mlodeco.declare.records import UNSET, Unset
 from mlodeco.declare.registry import Registry
 from mlodeco.errors import RunError, did_you_mean, quoted
-from mlodeco.runtime.build import BuiltLevel, build
+from mlodeco.graph import SweepPlan
+from mlodeco.runtime.build import Build, BuiltLevel, Methods, build
 from mlodeco.runtime.data import peek
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import compute_hypergradient, muted_context
+from mlodeco.runtime.looks import find_items
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.sources import Items
 from mlodeco.tree import fill
 
 
@@ -26,26 +30,9 @@ def compute(
     hypergrad: Any | Unset,
 ) -> dict[str, Tensor]:
     """What the public ``hypergradient`` computes, for a given program."""
-    built = build(program)
-    top = built.levels[built.graph.known(level)]
-    methods = None if hypergrad is UNSET else built.methods_for(hypergrad)
-    if batches is not None and not isinstance(batches, Mapping):
-        raise RunError(
-            f"batches= is a {type(batches).__name__}.",
-            expected="a mapping from levels to batches.",
-            remedy=f"write batches={{{level!r}: batch}}.",
-        )
-    given = dict(batches or {})
-    for name in given:
-        if name not in built.levels:
-            raise RunError(
-                f"batches= has the key {name!r}, which is no level.",
-                expected=f"some of {quoted(built.levels)}.",
-                remedy=f"correct the key.{did_you_mean(name, built.levels)}",
-            )
-    plan = built.plan(level, methods)
-    involved = (level, *(visit.level for visit in plan.visits))
-    items = {name: _batches_of(built.levels[name], given) for name in involved}
+    built, methods, given = prepare(level, batches, program, hypergrad)
+    top = built.levels[level]
+    items = find_batches(built, built.plan(level, methods), given)
     result = compute_hypergradient(
         built, level, items, lambda name: muted_context(built, name), methods=methods
     )
@@ -55,7 +42,54 @@ def compute(
     return {key: torch.empty_like(value).copy_(value) for key, value in filled.items()}
 
 
-def _batches_of(level: BuiltLevel, given: Mapping[str, Any]) -> tuple[Any, ...]:
+def prepare(
+    level: str,
+    batches: Mapping[str, Any] | None,
+    program: Registry,
+    hypergrad: Any | Unset,
+) -> tuple[Build, Methods, dict[str, Any]]:
+    """The program built, the methods of its edges, and the batches given, all checked.
+
+    Raises:
+        MlodecoError: one of them does not fit.
+    """
+    built = build(program)
+    built.graph.known(level)
+    methods = built.methods if hypergrad is UNSET else built.methods_for(hypergrad)
+    if batches is not None and not isinstance(batches, Mapping):
+        raise RunError(
+            f"batches= is a {type(batches).__name__}.",
+            expected="a mapping from levels to batches and from sources to items.",
+            remedy=f"write batches={{{level!r}: batch}}.",
+        )
+    given = dict(batches or {})
+    for name in given:
+        known = (*built.levels, *built.sources)
+        if name not in known:
+            raise RunError(
+                f"batches= has the key {name!r}, which is no level or source.",
+                expected=f"some of {quoted(known)}.",
+                remedy=f"correct the key.{did_you_mean(str(name), known)}",
+            )
+    return built, methods, given
+
+
+def find_batches(
+    built: Build, plan: SweepPlan, given: Mapping[str, Any]
+) -> dict[str, tuple[Drawn, ...]]:
+    """What every level of a sweep is evaluated on."""
+    involved = (plan.top, *(visit.level for visit in plan.visits))
+    sources = find_items(built, involved, given)
+    return {name: _batches_of(built.levels[name], given, sources[name]) for name in involved}
+
+
+def _batches_of(level: BuiltLevel, given: Mapping[str, Any], items: Items) -> tuple[Drawn, ...]:
+    """What the level is evaluated on: batches with the items of the sources that it reads."""
+    batches = _own_batches(level, given)
+    return tuple(Drawn(batch, one) for batch, one in zip(batches, items, strict=True))
+
+
+def _own_batches(level: BuiltLevel, given: Mapping[str, Any]) -> tuple[Any, ...]:
     """The given batch, else the last step's, else the first of a fresh iterator."""
     count = level.declaration.accumulate
     if level.name in given:
@@ -71,5 +105,5 @@ def _batches_of(level: BuiltLevel, given: Mapping[str, Any]) -> tuple[Any, ...]:
             )
         return tuple(batch)
     if level.last_batches is not None:
-        return level.last_batches
+        return tuple(drawn.batch for drawn in level.last_batches)
     return peek(level.declaration, count)

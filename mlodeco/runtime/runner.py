@@ -20,10 +20,12 @@ from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import compute_hypergradient, muted_context, probe_level
 from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord, as_number
 from mlodeco.runtime.hooks import Hooks
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
 
@@ -122,6 +124,9 @@ class Runner:
         hooks = Hooks(registry, self.built)
         validations = [Validation(d, self.built, place) for d in registry.validations]
         self._trainers = {n: Trainer(level, place) for n, level in self.built.levels.items()}
+        for trainer in self._trainers.values():
+            trainer.level.optimizer = trainer.optimizer
+        self._sources = Sources(self.built, place)
         self._hooks = hooks
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
@@ -178,10 +183,7 @@ class Runner:
         ``run_end``, which belong to :meth:`run`.
         """
         self.built.tick = self.tick + 1
-        graph = self.built.graph
-        leaves = [name for name in graph.levels if not graph.lower[name]]
-        uppers = [name for name in graph.order if graph.lower[name]]
-        for name in (*leaves, *uppers):
+        for name in self.built.turns:
             if name not in self._asked:
                 turned = self._take_turn(name)
                 self._asked[name] = turned
@@ -208,6 +210,7 @@ class Runner:
         for _ in range(self.built.levels[name].declaration.repeat):
             self._take_step(name)
         self._schedule.finish_turn(name)
+        self._sources.finish_turn(name)
         return True
 
     def _take_step(self, name: str) -> None:
@@ -219,17 +222,18 @@ class Runner:
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             if starts_loop:
                 trainer.begin_loop()
-            batches, ended = trainer.draw()
+            with self._sources.drawn(trainer.level) as items:
+                batches, ended = trainer.draw(items)
             ctx.epoch = trainer.epoch
             trainer.begin_step(ctx.generator)
-            self._fire("before_step", name, ctx, batch=batches[-1])
+            self._fire("before_step", name, ctx, batch=batches[-1].batch)
             found = self._differentiate(name, batches, ctx)
             extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
             norm = trainer.clip()
         rate, metrics = trainer.learning_rate, _numbers(found.metrics)
         trainer.apply()
-        trainer.level.last_batches = batches
+        self.built.remember(name, batches)
         self._schedule.finish_step(name)
         record = StepRecord(
             tick=self.built.tick,
@@ -249,6 +253,7 @@ class Runner:
                 )
                 for s in found.solves
             ),
+            cosine=found.cosine,
         )
         self._steps.append(record)
         self.history.steps.append(record)
@@ -266,7 +271,7 @@ class Runner:
             self._fire("loop_end", name, ctx)
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
-    def _differentiate(self, name: str, batches: tuple[Any, ...], ctx: Context) -> Gradients:
+    def _differentiate(self, name: str, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """Leaves ``.grad`` at the (hyper)gradient of the level at its current parameters."""
         trainer = self._trainers[name]
         rank = self._accelerator.process_index
@@ -282,19 +287,22 @@ class Runner:
             {**items, name: batches},
             lambda n: own if n == name else self._muted(n),
             rank=rank,
+            memories=trainer.memories,
         )
         ctx.adopt(own)
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
-        found = Gradients(hyper.loss, hyper.metrics, hyper.solves)
+        trainer.memories = hyper.memories
+        cosine = trainer.turn_of(hyper.gradient)
+        found = Gradients(hyper.loss, hyper.metrics, hyper.solves, cosine)
         self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches, ctx))
         return found
 
     def _extras(
-        self, trainer: Trainer, found: Gradients, batches: tuple[Any, ...], ctx: Context
+        self, trainer: Trainer, found: Gradients, batches: tuple[Drawn, ...], ctx: Context
     ) -> dict[str, Any]:
         return {
-            "batch": batches[-1],
+            "batch": batches[-1].batch,
             "grads": trainer.gradients() if self._hooks.listens_to_gradients else {},
             "loss": found.loss,
             "metrics": {**found.metrics, **ctx.logged},

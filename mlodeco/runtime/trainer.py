@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from mlodeco.calculus.randomness import SavedRandomness
 from mlodeco.calculus.stateless import State, require_finite
-from mlodeco.calculus.sweep import Solve
+from mlodeco.calculus.sweep import Memories, Solve
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.optimizers import make_optimizer, make_scheduler
+from mlodeco.tree import Tree, dot, norm
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Gradients:
     loss: float
     metrics: dict[str, Any]
     solves: tuple[Solve, ...] = ()
+    cosine: float | None = None
 
 
 class Trainer:
@@ -38,6 +41,8 @@ class Trainer:
         self.level = level
         self.optimizer = make_optimizer(level)
         self.scheduler = make_scheduler(level, self.optimizer)
+        self.memories: Memories = {}
+        self._last_hypergradient: Tree = {}
         self._feed = Feed(level.declaration)
         self._place = place
         self._snapshot: _Snapshot | None = None
@@ -59,10 +64,15 @@ class Trainer:
         """The optimizer's, in its first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def draw(self) -> tuple[tuple[Any, ...], bool]:
-        """The micro-batches of one step, and whether a pass over the data ended."""
-        drawn = [self._feed.advance() for _ in range(self.level.declaration.accumulate)]
-        return tuple(self._place(batch) for batch, _ in drawn), any(end for _, end in drawn)
+    def draw(self, sources: Sequence[Mapping[str, Any]]) -> tuple[tuple[Drawn, ...], bool]:
+        """The micro-batches of one step, and whether a pass over the data ended.
+
+        Args:
+            sources: for each micro-batch the items of the sources that the level reads.
+        """
+        drawn = [(*self._feed.advance(), items) for items in sources]
+        batches = tuple(Drawn(self._place(batch), items) for batch, _, items in drawn)
+        return batches, any(end for _, end, _ in drawn)
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -85,7 +95,7 @@ class Trainer:
         finally:
             foreign.restore()
 
-    def backward(self, batches: tuple[Any, ...], ctx: Context) -> Gradients:
+    def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels."""
         parameters = list(self.level.parameters.values())
         for parameter in parameters:
@@ -110,6 +120,12 @@ class Trainer:
                 if slot.child in self.level.own_children:
                     slot.tensor.copy_(state[slot.key])
 
+    def turn_of(self, hypergradient: Tree) -> float | None:
+        """The cosine with the last hypergradient, which this one then replaces."""
+        last, self._last_hypergradient = self._last_hypergradient, hypergradient
+        sizes = norm(last) * norm(hypergradient)
+        return dot(last, hypergradient) / sizes if sizes > 0.0 else None
+
     def gradients(self) -> dict[str, Tensor]:
         """The present ``.grad`` by parameter name."""
         found = {name: p.grad for name, p in self.level.parameters.items()}
@@ -128,19 +144,19 @@ class Trainer:
         bound = self.level.declaration.clip_norm
         grads = [p.grad for p in parameters if p.grad is not None]
         size = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        norm = float(size)
-        if not math.isfinite(norm):
+        length = float(size)
+        if not math.isfinite(length):
             raise NonFiniteError(
-                f"the norm of the gradient is {norm}.",
+                f"the norm of the gradient is {length}.",
                 expected="a finite number.",
                 remedy="use a smaller learning rate or clip_norm=, or look for operations "
                 "whose derivative is infinite, such as sqrt at 0.",
                 level=self.level.name,
                 site=self.level.site,
             )
-        if bound is not None and norm > bound:
+        if bound is not None and length > bound:
             torch.nn.utils.clip_grads_with_norm_(parameters, bound, size)
-        return norm
+        return length
 
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler."""

@@ -10,12 +10,13 @@ from torch import Tensor
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.automatic import Automatic
 from mlodeco.calculus.products.difference import Difference
+from mlodeco.calculus.products.forward import Forward
 from mlodeco.calculus.products.protocol import Cross, Curvature
 from mlodeco.calculus.products.reverse import Reverse
 from mlodeco.calculus.products.reverse_over_forward import cross_by_duals
 from mlodeco.tree import Tree
 
-PRODUCTS: Final = ("auto", "reverse", "reverse_over_forward", "difference")
+PRODUCTS: Final = ("auto", "reverse", "reverse_over_forward", "forward", "difference")
 """The modes of a product."""
 
 
@@ -42,6 +43,8 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         return Reverse(problem)
     if product == "reverse_over_forward":
         return _ReverseWithDuals(problem)
+    if product == "forward":
+        return Forward(problem)
     if product == "difference":
         return Difference(problem)
     return Automatic(problem)
