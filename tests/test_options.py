@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import mlodeco
 from mlodeco import Program
-from mlodeco.hypergrad import Neumann
+from mlodeco.hypergrad import Dense, Neumann
 from tests import reference
 from tests.problems import generator, network, randn
 
@@ -347,11 +347,9 @@ def of_beta(m, batch):
     ],
     ids=["names", "names_before_the_module", "chain", "one_object", "object_and_name"],
 )
-@pytest.mark.parametrize("factory", [False, True])
-def test_levels_that_share_one_module(order, modules, factory):
-    if factory and None in modules.values():
-        pytest.skip("the levels share an object")
-    made = []
+@pytest.mark.parametrize("rollback", [False, True])
+def test_levels_that_share_one_module(order, modules, rollback):
+    factory, made = None not in modules.values(), []
 
     def make():
         made.append(Mixed())
@@ -360,7 +358,7 @@ def test_levels_that_share_one_module(order, modules, factory):
     model = make if factory else Mixed()
     twin = Mixed()
     program = Program()
-    options = {"accumulate": 2, "clip_norm": 0.3, "inner_steps": 2}
+    options = {"accumulate": 2, "clip_norm": 0.3, "inner_steps": 2, "rollback": rollback}
 
     def declare(letter):
         if letter == "w":
@@ -394,13 +392,13 @@ def test_levels_that_share_one_module(order, modules, factory):
         Side(lambda b, loss=loss: loss(twin, b), [p], ADAM, TOPS, clip_norm=0.1)
         for loss, p in ((of_alpha, twin.alpha), (of_beta, twin.beta))
     )
-    by_hand(low, alpha, beta, ticks=8, inner=2)
+    by_hand(low, alpha, beta, ticks=8, inner=2, rollback=rollback)
     shared = program.module("weights")
     assert program.module("alpha") is program.module("beta") is shared
     assert len(made) == int(factory)
     same(shared, twin)
-    # two micro-batches at each of its own steps, and none at the others'
-    assert shared.norm.num_batches_tracked == 16
+    # two micro-batches at each of its own steps that stand, and none at the others'
+    assert shared.norm.num_batches_tracked == (8 if rollback else 16)
     assert program.graph().reads["weights"] == ("alpha", "beta")
     for name, side in (("alpha", alpha), ("beta", beta)):
         assert_close(hypergradient(program, name), exact(side, low, [name]))
@@ -1020,6 +1018,19 @@ WITH_LENGTH = (
     *("list", "tuple", "with_length", "loader", "loader_with_collation", "batches_as_lists"),
     *("factory", "factory_of_a_loader"),
 )
+
+
+@pytest.mark.parametrize("product", ["reverse", "reverse_over_forward", "difference", "auto"])
+def test_every_product_is_the_mean_over_the_micro_batches(product):
+    program = bilevel(low_accumulate=3, top_accumulate=2)
+    model, net = classifier(), weigher()
+    low, top = twins(model, net, low_accumulate=3, top_accumulate=2)
+    low.draw()
+    top.draw()
+    found = mlodeco.hypergradient("top", program=program, hypergrad=Dense(product=product))
+    wanted = exact(top, low, list(found))
+    for name in wanted:
+        assert torch.allclose(found[name], wanted[name], rtol=1e-5, atol=1e-8), name
 
 
 @pytest.mark.parametrize("where", ["low", "top"])
