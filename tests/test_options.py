@@ -1189,3 +1189,11 @@ def test_no_data_is_the_same_loss_at_each_step(accumulate):
     same(program.module("top"), net)
     names = [n for n, _ in net.named_parameters()]
     assert_close(hypergradient(program), exact(top, low, names))
+
+
+def test_the_first_inner_loop_starts_after_the_warmup():
+    starts = []
+    program = bilevel(low_warmup=2, low_inner_steps=2)
+    program.on("loop_start", level="low")(lambda ctx: starts.append(ctx.tick))
+    run(program, 7)
+    assert starts == [3, 5, 7]
