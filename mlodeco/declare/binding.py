@@ -80,7 +80,7 @@ def bind(
     parameters = parameters_of(declaration.function)
     names = {parameter.name for parameter in parameters}
     _refuse_unknown_reads(declaration, names, levels, sources)
-    own_is_named = declaration.name in names
+    own_is_named = declaration.name in names - set(declaration.argument_reads)
     left_out = ""
     for position, parameter in enumerate(parameters):
         found = _role(declaration, parameter.name, levels, sources)

@@ -11,7 +11,7 @@ from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.subbatch import take_part
 from mlodeco.hypergrad.options import Options, check_fraction, check_number, check_product
-from mlodeco.tree import Tree, add, is_zero, restrict, zeros_like
+from mlodeco.tree import Tree, add, fill, is_zero, restrict, zeros_like
 
 MatVec = Callable[[Tree], Tree]
 """The product with the (damped) Hessian; takes and returns a tree shaped like b."""
@@ -71,7 +71,8 @@ class Implicit(Options, ABC):
             product = part.hvp(x)
             return add(product, x, self.damping) if self.damping else product
 
-        b = restrict(cotangent, part.touched())
+        # zeros where only the lower loss reaches: the inverse fills them
+        b = fill(cotangent, restrict(problem.parameters, part.touched()))
         if is_zero(b):
             return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
         solution, memory = self.proceed(matvec, b, problem.memory)
