@@ -29,7 +29,7 @@ from mlodeco import Program, Runner
 from mlodeco.errors import MethodError, OptimizerError, SolverWarning
 from mlodeco.hypergrad import Identity, Sama
 from tests import reference
-from tests.problems import classification, network, randn
+from tests.problems import bilevel, classification, network, randn
 
 
 def sgd(w, g, state, *, lr, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0):
@@ -352,3 +352,25 @@ def test_untouched_parameters_stay_out():
     without = mlodeco.hypergradient("top", program=plain.program, hypergrad="sama")
     for key in with_decay:
         assert torch.allclose(with_decay[key], without[key], rtol=1e-12)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_parameters_that_the_upper_loss_does_not_read_count_in_the_clipping(clip_norm):
+    def low(m, batch, h):
+        return ((m.read - h.x) ** 2).sum() + ((m.read * m.unread - h.x) ** 2).sum()
+
+    def top(h, batch, m):
+        return (m.read**3).sum()
+
+    modules = {"read": randn(3), "unread": randn(3, seed=1)}, {"x": randn(3, seed=2)}
+    options = {"optimizer": partial(Adam, lr=0.1), "clip_norm": clip_norm}
+    case = bilevel(low, top, *modules, randn(1), randn(1), **options)
+    found = mlodeco.hypergradient("top", program=case.program, hypergrad="sama")["x"]
+    w, x = case.low_parameters, case.top_parameters[0]
+    g = torch.autograd.grad(case.low(), w, create_graph=True)
+    if clip_norm:
+        total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in g]))
+        g = [p * clip_norm / (total + 1e-6) for p in g]
+    after = w[0].detach() - 0.1 * g[0] / (g[0].abs() + 1e-8)
+    (wanted,) = torch.autograd.grad(after @ (3 * w[0].detach() ** 2), x)
+    assert torch.allclose(found, wanted, rtol=1e-6)

@@ -96,10 +96,10 @@ class OptimizerStep:
                 SolverWarning,
                 stacklevel=2,
             )
-        leaves = live({key: gradients[key] for key in gradients if key in cotangent})
+        leaves = live(gradients)
         with torch.enable_grad():
             after = self.apply(parameters, leaves)
-            moved = [key for key in after if after[key].requires_grad]
+            moved = [key for key in after if key in cotangent and after[key].requires_grad]
             if not moved:
                 return {}
             found = gradient([after[k] for k in moved], leaves, [cotangent[k] for k in moved])
