@@ -35,7 +35,7 @@ def _cut(point: Point, items: Mapping[str, Any], fraction: float) -> Mapping[str
             level=point.loss.level,
             site=point.loss.site,
         )
-    cut: Mapping[str, Any] = _first(items, size, math.ceil(fraction * size))
+    cut: Mapping[str, Any] = _first(items, size, math.ceil(round(fraction * size, 9)))
     return cut
 
 

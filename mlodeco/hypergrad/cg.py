@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
@@ -56,6 +57,8 @@ class CG(Krylov):
                 break
             product = matvec(direction)
             curvature = dot(direction, product)
+            if not isfinite(curvature):
+                return Solution.lost(b, steps)
             if curvature <= 0.0:
                 status = Status.INDEFINITE
                 break

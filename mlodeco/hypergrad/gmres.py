@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,8 @@ class GMRES(Krylov):
         while steps < self.max_steps:
             most = min(self.restart, self.max_steps - steps)
             cycle = _cycle(matvec, residual, most, self.rtol * start)
+            if not cycle.correction:
+                return Solution.lost(b, steps + cycle.steps)
             x, residual = add(x, cycle.correction), cycle.residual
             steps += cycle.steps
             remaining = norm(residual)
@@ -70,7 +73,10 @@ class GMRES(Krylov):
 
 @dataclass(frozen=True)
 class _Cycle:
-    """What one Krylov space gave; ``is_exhausted`` if it cannot grow."""
+    """What one Krylov space gave; ``is_exhausted`` if it cannot grow.
+
+    Empty where a product was not finite.
+    """
 
     correction: Tree
     residual: Tree
@@ -88,6 +94,8 @@ def _cycle(matvec: MatVec, b: Tree, most: int, goal: float) -> _Cycle:
         length = norm(product)
         product, column = _orthogonalize(product, basis)
         following = norm(product)
+        if not math.isfinite(following):
+            return _Cycle({}, b, step, True)
         is_exhausted = following <= eps * length
         matrix[:step, step - 1] = torch.tensor(column, dtype=torch.float64)
         if not is_exhausted:

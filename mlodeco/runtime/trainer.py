@@ -76,7 +76,7 @@ class Trainer:
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Puts buffers, random numbers and ``.grad`` back if the block raises.
+        """Puts buffers, random numbers, ``.grad`` and the solvers' memories back on an error.
 
         Buffers of modules that belong to other levels are put back in any case: a
         level's buffers change by its own steps alone.
@@ -84,10 +84,12 @@ class Trainer:
         grads = [(p, p.grad) for p in self.level.parameters.values()]
         own, foreign = _SavedBuffers(self.level, own=True), _SavedBuffers(self.level, own=False)
         randomness = SavedRandomness()
+        remembered = self.memories, self._last_hypergradient
         try:
             yield
         except BaseException:
             randomness.restore()
+            self.memories, self._last_hypergradient = remembered
             own.restore()
             for parameter, grad in grads:
                 parameter.grad = grad
