@@ -10,12 +10,9 @@ from torch import Tensor
 
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
-from mlodeco.hypergrad.krylov import Krylov
+from mlodeco.hypergrad.krylov import ROUNDING, Krylov
 from mlodeco.hypergrad.options import check_count
 from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
-
-_ROUNDING = 16.0
-"""Multiples of the dtype's epsilon that a residual may have from rounding alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +20,11 @@ class GMRES(Krylov):
     """The x of smallest residual ``|b - (J^T + damping I) x|`` in the Krylov space of b.
 
     Converges, without restarts, for any J that is not singular, symmetric or not: the gradient
-    field of a loss whose backward pass was changed by hooks or custom functions has a
-    Jacobian J that is not symmetric. Cost: one product a step and one cross product;
-    ``restart`` vectors of memory.
+    field of a loss whose backward pass was changed by custom functions has a
+    Jacobian J that is not symmetric, for which ``product`` must not be ``"forward"`` or
+    ``"difference"``: these would solve with J in place of ``J^T``. (Hooks act again in the
+    second backward pass, so that products in reverse are those of another matrix.) Cost: one
+    product a step and one cross product; ``restart`` vectors of memory.
 
     Attributes:
         max_steps: the largest number of steps, over all restarts.
@@ -62,7 +61,7 @@ class GMRES(Krylov):
             x, residual = add(x, cycle.correction), cycle.residual
             steps += cycle.steps
             remaining = norm(residual)
-            if remaining <= max(self.rtol * start, _ROUNDING * epsilon(b) * start):
+            if remaining <= max(self.rtol * start, ROUNDING * epsilon(b) * start):
                 status = Status.CONVERGED
                 break
             if cycle.is_exhausted:
@@ -86,7 +85,7 @@ class _Cycle:
 
 def _cycle(matvec: MatVec, b: Tree, most: int, goal: float) -> _Cycle:
     """Arnoldi's recurrence until the residual is at most ``goal``."""
-    size, eps = norm(b), epsilon(b)
+    size, rounding = norm(b), ROUNDING * epsilon(b)
     basis = [scale(b, 1.0 / size)]
     matrix = torch.zeros(most + 1, most, dtype=torch.float64)
     for step in range(1, most + 1):
@@ -96,12 +95,12 @@ def _cycle(matvec: MatVec, b: Tree, most: int, goal: float) -> _Cycle:
         following = norm(product)
         if not math.isfinite(following):
             return _Cycle({}, b, step, True)
-        is_exhausted = following <= eps * length
+        is_exhausted = following <= rounding * length
         matrix[:step, step - 1] = torch.tensor(column, dtype=torch.float64)
         if not is_exhausted:
             matrix[step, step - 1] = following
             basis.append(scale(product, 1.0 / following))
-        weights, miss = _least_squares(matrix[: step + 1, :step], size)
+        weights, miss = _least_squares(matrix[: step + 1, :step], size, rounding)
         if is_exhausted or float(torch.linalg.vector_norm(miss)) <= goal:
             break
     return _Cycle(_combine(basis, weights), _combine(basis, miss), step, is_exhausted)
@@ -121,11 +120,14 @@ def _orthogonalize(vector: Tree, basis: list[Tree]) -> tuple[Tree, list[float]]:
     return vector, components
 
 
-def _least_squares(matrix: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """Y of smallest ``|size e_1 - matrix y|``, and that difference."""
+def _least_squares(matrix: Tensor, size: float, rounding: float) -> tuple[Tensor, Tensor]:
+    """Y of smallest ``|size e_1 - matrix y|``, and that difference.
+
+    Singular values below ``rounding`` of the largest are noise and count as zero.
+    """
     wanted = torch.zeros(len(matrix), 1, dtype=matrix.dtype)
     wanted[0] = size
-    found = torch.linalg.lstsq(matrix, wanted, driver="gelsd").solution
+    found = torch.linalg.lstsq(matrix, wanted, rcond=rounding, driver="gelsd").solution
     return found[:, 0], (wanted - matrix @ found)[:, 0]
 
 

@@ -7,11 +7,8 @@ from math import hypot, inf, isfinite
 
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
-from mlodeco.hypergrad.krylov import Krylov
+from mlodeco.hypergrad.krylov import ROUNDING, Krylov
 from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
-
-_ROUNDING = 16.0
-"""Multiples of the dtype's epsilon that a residual may have from rounding alone."""
 
 _LOST = 1024.0
 """Multiples of the dtype's epsilon: x is lost where these parts of ``|H| |x|`` exceed ``|b|``."""
@@ -48,7 +45,7 @@ class MINRES(Krylov):
         older, old = zeros_like(b), zeros_like(b)
         cosines, sines = (1.0, 1.0), (0.0, 0.0)
         beta, remaining, largest = 0.0, 1.0, 0.0
-        steps, status, rounding = 0, Status.MAX_STEPS, _ROUNDING * epsilon(b)
+        steps, status, rounding = 0, Status.MAX_STEPS, ROUNDING * epsilon(b)
         flattest = inf, Solution(x, 0, 1.0, Status.SINGULAR)
         for steps in range(1, self.max_steps + 1):
             product = matvec(vector)

@@ -102,7 +102,7 @@ def _core(sketch: Tensor, image: Tensor, basis: Tensor, rounding: float) -> Tens
     inner = (basis.T @ image).double()
     core = (sketch.T @ image).double()
     inverse = torch.linalg.pinv((core + core.T) / 2, rtol=rounding, hermitian=True)
-    product = inner @ inverse @ inner.T
+    product: Tensor = inner @ inverse @ inner.T
     return (product + product.T) / 2
 
 
