@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import mlodeco
 from mlodeco.errors import MethodError, NonFiniteError, SolverWarning
 from mlodeco.hypergrad import (
     CG,
@@ -28,7 +30,7 @@ from mlodeco.hypergrad import (
 )
 from mlodeco.tree import Tree, flatten, unflatten
 from tests import reference
-from tests.problems import Problem, bilevel, randn
+from tests.problems import Problem, bilevel, classification, network, randn
 from tests.test_hypergrad_exact import computed, expected, relative
 
 EYE = partial(torch.eye, dtype=torch.float64)
@@ -672,3 +674,50 @@ def test_trouble_is_told():
     flat = bilevel(low, top, {"w": randn(2)}, {"x": randn(1)[0]}, randn(1), randn(1))
     with pytest.warns(SolverWarning, match="MINRES after .* singular"):
         computed(flat, MINRES())
+
+
+# ---- the product "forward"
+
+
+class Noisy(nn.Module):
+    """Dropout, BatchNorm and a value that gradients do not pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = network(2, 4, seed=1)
+        self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+        self.drop = nn.Dropout(0.4)
+        self.last = network(4, 3, seed=2)
+
+    def forward(self, x):
+        hidden = self.drop(torch.tanh(self.norm(self.first(x))))
+        with torch.no_grad():
+            size = hidden.norm(dim=1, keepdim=True) + 1.0
+        return self.last(hidden / size)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("method", [Dense(damping=0.5), Identity()], ids=repr)
+def test_forward_equals_reverse_and_leaves_nothing_behind(method, accumulate, detach):
+    case = classification(Noisy(), detach=detach, accumulate=accumulate)
+    labels = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(1))
+    batches = [(randn(16, 2, seed=n), labels.roll(n)) for n in range(accumulate)]
+    model = case.program.module("low")
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    stream = torch.get_rng_state()
+    found = {}
+    for product in ("reverse", "forward", "forward"):
+        given = {"low": batches if accumulate > 1 else batches[0]}
+        chosen = replace(method, product=product)
+        one = mlodeco.hypergradient("top", program=case.program, hypergrad=chosen, batches=given)
+        if product in found:
+            assert all(torch.equal(found[product][key], one[key]) for key in one)
+        found[product] = one
+    for key, value in found["reverse"].items():
+        assert relative(found["forward"][key], value) < 1e-10
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.autograd.forward_ad._current_level == -1

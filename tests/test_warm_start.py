@@ -368,8 +368,8 @@ def test_each_method_of_one_sweep_has_a_memory_of_its_own():
         @program.level(
             "low", module={"w": randn(12, seed=4)}, data=[0], optimizer=partial(SGD, lr=0.0)
         )
-        def low(low, batch, a, b):
-            return low.w @ MATRIX @ low.w / 2 - (low.w * (a.x + 2 * b.x)).sum()
+        def low(low, batch, a, b, top):
+            return low.w @ MATRIX @ low.w / 2 - (low.w * (a.x + 2 * b.x + top.y)).sum()
 
         for number, (name, method) in enumerate((("a", first), ("b", second))):
 
@@ -406,7 +406,6 @@ def test_each_method_of_one_sweep_has_a_memory_of_its_own():
     runner = Runner(program)
     runner.run(5)
     solves = [record.solves for record in runner.history.of("top")]
-    print(solves[0])
     assert all({s[1] for s in solve if s[0] == "low"} == {"CG", "MINRES"} for solve in solves)
     for name in ("CG", "MINRES"):
         found = [s[3] for solve in solves for s in solve if s[:2] == ("low", name)]
