@@ -12,11 +12,23 @@ from torch.utils.data import DataLoader, TensorDataset
 import mlodeco
 from mlodeco import Program
 from mlodeco.calculus.randomness import SavedRandomness, preserved_randomness
-from mlodeco.hypergrad import FiniteDifference, Identity
+from mlodeco.hypergrad import CG, FiniteDifference, Identity, Neumann
 from tests.problems import randn
 from tests.test_hypergrad_exact import relative
 
-METHODS = ["identity", "finite_difference", "neumann", "cg", "dense", None]
+METHODS = [
+    "identity",
+    "finite_difference",
+    "neumann",
+    "cg",
+    "minres",
+    "gmres",
+    "nystrom",
+    "dense",
+    CG(max_steps=3, product="forward", warm_start=True),
+    Neumann(curvature_batch=0.5, warm_start=True),
+    None,
+]
 
 
 def noisy_network(p=0.5):
@@ -113,7 +125,7 @@ def test_dropout_adds_no_noise_to_the_finite_difference():
     program, _ = noisy_program()
     program.module("model")
     exact = mlodeco.hypergradient("weights", program=program, hypergrad=Identity())["s"]
-    for product in ("reverse", "reverse_over_forward"):
+    for product in ("reverse", "reverse_over_forward", "forward"):
         other = mlodeco.hypergradient(
             "weights", program=program, hypergrad=Identity(product=product)
         )["s"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +36,7 @@ def _cut(point: Point, items: Mapping[str, Any], fraction: float) -> Mapping[str
             level=point.loss.level,
             site=point.loss.site,
         )
-    cut: Mapping[str, Any] = _first(items, size, math.ceil(fraction * size))
+    cut: Mapping[str, Any] = _first(items, size, math.ceil(round(fraction * size, 9)))
     return cut
 
 
@@ -53,8 +54,13 @@ def _first(value: Any, size: int, count: int) -> Any:
     if isinstance(value, Tensor):
         return value[:count] if value.dim() and len(value) == size else value
     if isinstance(value, Mapping):
-        return {key: _first(part, size, count) for key, part in value.items()}
+        parts = {key: _first(part, size, count) for key, part in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return parts
+        same_kind = copy.copy(value)
+        same_kind.update(parts)
+        return same_kind
     if isinstance(value, list | tuple):
-        parts = [_first(part, size, count) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        entries = [_first(part, size, count) for part in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     return value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
-from mlodeco.hypergrad.krylov import Krylov
+from mlodeco.hypergrad.krylov import ROUNDING, Krylov
 from mlodeco.hypergrad.warm_start import fits
-from mlodeco.tree import Tree, add, dot, norm, scale, zeros_like
+from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class CG(Krylov):
 
     Attributes:
         max_steps: the largest number of steps.
-        rtol: stops once ``|b - H x| <= rtol * |b|``; 0 stops at an exact zero alone.
+        rtol: stops once ``|b - H x| <= rtol * |b|``, or at rounding.
         warm_start: in a run, take the last hypergradient's solution as the first direction and
             keep the others conjugate to it, where a step along it lowers the residual. Costs
             one Hessian product more, which is not counted as a step.
@@ -49,13 +50,16 @@ class CG(Krylov):
         x, residual = (zeros_like(b), b) if line is None else line.search(b)
         start, squared = dot(b, b), dot(residual, residual)
         direction = residual if line is None else line.conjugate(residual)
+        goal = max(self.rtol, ROUNDING * epsilon(b)) ** 2 * start
         steps, status = 0, Status.MAX_STEPS
         while steps < self.max_steps:
-            if squared <= self.rtol**2 * start:
+            if squared <= goal:
                 status = Status.CONVERGED
                 break
             product = matvec(direction)
             curvature = dot(direction, product)
+            if not isfinite(curvature):
+                return Solution.lost(b, steps)
             if curvature <= 0.0:
                 status = Status.INDEFINITE
                 break
@@ -67,7 +71,7 @@ class CG(Krylov):
             fresh = residual if line is None else line.conjugate(residual)
             direction = add(fresh, direction, squared / previous)
         else:
-            status = Status.CONVERGED if squared <= self.rtol**2 * start else status
+            status = Status.CONVERGED if squared <= goal else status
         return Solution(x, steps, (squared / start) ** 0.5, status)
 
 

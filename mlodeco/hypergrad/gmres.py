@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, isfinite
 
 import torch
 from torch import Tensor
 
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
-from mlodeco.hypergrad.krylov import Krylov
+from mlodeco.hypergrad.krylov import ROUNDING, Krylov
 from mlodeco.hypergrad.options import check_count
-from mlodeco.tree import Tree, epsilon, flatten, norm, unflatten
-
-_ROUNDING = 16.0
-"""Multiples of the dtype's epsilon that a residual may have from rounding alone."""
+from mlodeco.tree import Tree, epsilon, flatten, norm, scale, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +21,11 @@ class GMRES(Krylov):
     """The x of smallest residual ``|b - (J^T + damping I) x|`` in the Krylov space of b.
 
     Converges, without restarts, for any J that is not singular, symmetric or not: the gradient
-    field of a loss whose backward pass was changed by hooks or custom functions has a
-    Jacobian J that is not symmetric. Cost: one product a step and one cross product;
-    ``restart`` vectors of memory.
+    field of a loss whose backward pass was changed by custom functions has a
+    Jacobian J that is not symmetric, for which ``product`` must not be ``"forward"`` or
+    ``"difference"``: these would solve with J in place of ``J^T``. (Hooks act again in the
+    second backward pass, so that products in reverse are those of another matrix.) Cost: one
+    product a step and one cross product; ``restart`` vectors of memory.
 
     Attributes:
         max_steps: the largest number of steps, over all restarts.
@@ -56,24 +55,27 @@ class GMRES(Krylov):
         def flat_matvec(vector: Tensor) -> Tensor:
             return flatten(matvec(unflatten(vector, b))).to(vector)
 
-        residual = flatten(b)
+        start = norm(b)
+        residual = flatten(scale(b, 1.0 / start))
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        x, start = torch.zeros_like(residual), norm(b)
-        rounding = _ROUNDING * epsilon(b)
+        x = torch.zeros_like(residual)
+        rounding = ROUNDING * epsilon(b)
         remaining, steps, status = 1.0, 0, Status.MAX_STEPS
         while steps < self.max_steps:
             most = min(self.restart, self.max_steps - steps)
-            cycle = _cycle(flat_matvec, residual / start, most, self.rtol)
-            x, residual = x + start * cycle.correction, start * cycle.residual
+            cycle = _cycle(flat_matvec, residual, most, self.rtol, rounding)
+            if cycle is None:
+                return Solution.lost(b, steps)
+            x, residual = x + cycle.correction, cycle.residual
             steps += cycle.steps
-            remaining = _length(residual) / start
+            remaining = _length(residual)
             if remaining <= max(self.rtol, rounding):
                 status = Status.CONVERGED
                 break
             if cycle.is_exhausted:
                 status = Status.SINGULAR
                 break
-        return Solution(unflatten(x, b), steps, remaining, status)
+        return Solution(scale(unflatten(x, b), start), steps, remaining, status)
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,15 @@ class _Cycle:
     is_exhausted: bool
 
 
-def _cycle(matvec: Callable[[Tensor], Tensor], b: Tensor, most: int, goal: float) -> _Cycle:
-    """Arnoldi's recurrence until the residual is at most ``goal``."""
+def _cycle(
+    matvec: Callable[[Tensor], Tensor], b: Tensor, most: int, goal: float, rounding: float
+) -> _Cycle | None:
+    """Arnoldi's recurrence until the residual is at most ``goal``.
+
+    None where a product is not finite.
+    """
     most = min(most, b.numel())
-    size, eps = _length(b), torch.finfo(b.dtype).eps
+    size = _length(b)
     basis = b.new_zeros(most + 1, b.numel())
     basis[0] = b / size
     matrix = torch.zeros(most + 1, most, dtype=torch.float64)
@@ -100,7 +107,9 @@ def _cycle(matvec: Callable[[Tensor], Tensor], b: Tensor, most: int, goal: float
         length = _length(product)
         product, column = _orthogonalize(product, basis[:step])
         following = _length(product)
-        is_exhausted = following <= eps * length
+        if not isfinite(following):
+            return None
+        is_exhausted = following <= rounding * length
         if not is_exhausted:
             basis[step] = product / following
         column.append(0.0 if is_exhausted else following)
@@ -108,7 +117,7 @@ def _cycle(matvec: Callable[[Tensor], Tensor], b: Tensor, most: int, goal: float
         remaining *= _rotate(column, rotations)
         if is_exhausted or remaining <= goal:
             break
-    weights, miss = _least_squares(matrix[: step + 1, :step], size)
+    weights, miss = _least_squares(matrix[: step + 1, :step], size, rounding)
     vectors = basis[: step + 1]
     return _Cycle(weights.to(b) @ vectors[:-1], miss.to(b) @ vectors, step, is_exhausted)
 
@@ -138,13 +147,16 @@ def _rotate(column: list[float], rotations: list[tuple[float, float]]) -> float:
     return abs(rotations[-1][1])
 
 
-def _least_squares(matrix: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """The y of smallest ``|size e_1 - matrix y|``, and that difference."""
+def _least_squares(matrix: Tensor, size: float, rounding: float) -> tuple[Tensor, Tensor]:
+    """The y of smallest ``|size e_1 - matrix y|``, and that difference.
+
+    Singular values below ``rounding`` of the largest are noise and count as zero.
+    """
     wanted = torch.zeros(len(matrix), 1, dtype=matrix.dtype)
     wanted[0] = size
-    found = torch.linalg.lstsq(matrix, wanted, driver="gelsd").solution
+    found = torch.linalg.lstsq(matrix, wanted, rcond=rounding, driver="gelsd").solution
     return found[:, 0], (wanted - matrix @ found)[:, 0]
 
 
 def _length(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector))
+    return norm({"": vector})

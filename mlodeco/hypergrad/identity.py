@@ -22,7 +22,8 @@ class Identity(Options):
 
     Attributes:
         scale: in squared parameter per loss.
-        product: ``"auto"``, ``"reverse"``, ``"reverse_over_forward"`` or ``"difference"``.
+        product: ``"auto"``, ``"reverse"``, ``"reverse_over_forward"``, ``"forward"`` or
+            ``"difference"``.
 
     Reference:
         Luketina et al. 2016, arXiv:1511.06727.

@@ -26,7 +26,8 @@ class Implicit(Options, ABC):
     Attributes:
         product: how second derivatives are taken: ``"auto"``, ``"reverse"``,
             ``"reverse_over_forward"`` (cross products; Hessian products in reverse),
-            ``"forward"`` or ``"difference"``.
+            ``"forward"`` or ``"difference"``. The last two give ``J v`` for ``J^T v``: another
+            thing where custom functions or hooks change the backward pass.
         damping: added to the diagonal of H, in units of loss per squared parameter. Weight
             decay that the optimizer applies is not in the loss: give it here.
         curvature_batch: the fraction of each batch, its first samples, on which Hessian products

@@ -11,6 +11,9 @@ from mlodeco.hypergrad.options import check_count, check_flag, check_number
 from mlodeco.hypergrad.warm_start import begin
 from mlodeco.tree import Tree
 
+ROUNDING = 16.0
+"""Multiples of the dtype's epsilon that a residual may have from rounding alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Krylov(Implicit):
@@ -18,7 +21,7 @@ class Krylov(Implicit):
 
     Attributes:
         max_steps: the largest number of steps.
-        rtol: stops once ``|b - H x| <= rtol * |b|``; 0 stops at an exact zero alone.
+        rtol: stops once ``|b - H x| <= rtol * |b|``, or at rounding.
         warm_start: in a run, start from the multiple of the last hypergradient's solution that
             leaves the smallest residual, where that is smaller than ``|b|``. Costs one Hessian
             product more, which is not counted as a step.

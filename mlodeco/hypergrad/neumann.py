@@ -109,7 +109,7 @@ class Neumann(Implicit):
         for term in islice(terms, self.num_terms - 1):
             total = add(total, term)
         last = norm(term) / norm(first)
-        status = Status.DIVERGING if last > _GROWTH else Status.TRUNCATED
+        status = Status.TRUNCATED if last <= _GROWTH else Status.DIVERGING
         return Solution(scale(total, step), self.num_terms, last, status)
 
     def _power(self, matvec: MatVec, b: Tree, previous: Tree | None) -> tuple[float, Tree]:

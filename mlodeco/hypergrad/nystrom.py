@@ -12,7 +12,7 @@ from mlodeco.calculus.randomness import make_seed
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.options import check_count, check_number
-from mlodeco.tree import Tree, epsilon, flatten, unflatten
+from mlodeco.tree import Tree, flatten, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,40 +60,51 @@ class Nystrom(Implicit):
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Solves on the range of H S exactly, and off it with the damping alone."""
-        vector = flatten(b)
-        sketch = self._sketch(vector)
+        vector = _at_least_single(flatten(b))
+        sketch = self._sketch(vector, b)
 
         def undamped(column: Tensor) -> Tensor:
-            return flatten(matvec(unflatten(column, b))) - self.damping * column
+            product = flatten(matvec(unflatten(column, b)))
+            return product.to(column.dtype) - self.damping * column
 
         image = torch.stack([undamped(column) for column in sketch.T], dim=1)
+        if not bool(torch.isfinite(image).all()):
+            return Solution.lost(b, sketch.shape[1])
         basis, _ = torch.linalg.qr(image)
-        inner = basis.T @ image
-        rounding = len(inner) * epsilon(b)
-        core = (sketch.T @ image).double()
-        core = (core + core.T) / 2
-        small = (
-            inner.double()
-            @ torch.linalg.pinv(core, rtol=rounding, hermitian=True)
-            @ inner.double().T
-        )
-        damped = (small + small.T) / 2 + self.damping * torch.eye(
-            len(small), dtype=small.dtype, device=small.device
-        )
+        rounding = len(sketch.T) * max(torch.finfo(part.dtype).eps for part in b.values())
+        values, vectors = torch.linalg.eigh(_core(sketch, image, basis, rounding))
+        values = values + self.damping
         along = basis.T @ vector
-        values = torch.linalg.eigvalsh(damped)
-        x = basis @ torch.linalg.solve(damped, along.double()).to(vector.dtype)
-        x = x + (vector - basis @ along) / self.damping
+        within = vectors @ (_inverse(values) * (vectors.T @ along.double()))
+        off = vector - basis @ along
+        off = off - basis @ (basis.T @ off)
+        x = basis @ within.to(vector.dtype) + off / self.damping
         status = Status.TRUNCATED if float(values[0]) > 0.0 else Status.INDEFINITE
         return Solution(unflatten(x, b), sketch.shape[1], None, status)
 
-    def _sketch(self, like: Tensor) -> Tensor:
+    def _sketch(self, like: Tensor, b: Tree) -> Tensor:
+        """S, rounded to the dtypes in which products are taken."""
         generator = torch.Generator().manual_seed(self.seed or 0)
         rank = min(self.rank, like.numel())
         drawn = torch.randn(like.numel(), rank, dtype=torch.float64, generator=generator)
         orthonormal: Tensor = torch.linalg.qr(drawn.to(like))[0]
-        return orthonormal
+        rounded = [flatten(unflatten(column, b)).to(like) for column in orthonormal.T]
+        return torch.stack(rounded, dim=1)
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T).double() / 2
+def _at_least_single(vector: Tensor) -> Tensor:
+    """Half precision has no factorizations."""
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+
+
+def _core(sketch: Tensor, image: Tensor, basis: Tensor, rounding: float) -> Tensor:
+    """``Q^T (H S) (S^T H S)^+ (H S)^T Q``, in double precision."""
+    inner = (basis.T @ image).double()
+    core = (sketch.T @ image).double()
+    inverse = torch.linalg.pinv((core + core.T) / 2, rtol=rounding, hermitian=True)
+    product: Tensor = inner @ inverse @ inner.T
+    return (product + product.T) / 2
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values == 0.0, 0.0, 1.0 / values)

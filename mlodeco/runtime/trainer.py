@@ -77,7 +77,7 @@ class Trainer:
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Puts buffers, random numbers and ``.grad`` back if the block raises.
+        """Puts buffers, random numbers, ``.grad`` and the solvers' memories back on an error.
 
         Buffers of modules that belong to other levels are put back in any case: a
         level's buffers change by its own steps alone.
@@ -86,10 +86,12 @@ class Trainer:
         buffers = self.level.loss.buffers
         own, foreign = (_SavedBuffers(self.level, buffers, own=own) for own in (True, False))
         randomness = SavedRandomness()
+        remembered = self.memories, self._last_hypergradient
         try:
             yield
         except BaseException:
             randomness.restore()
+            self.memories, self._last_hypergradient = remembered
             own.restore()
             for parameter, grad in grads:
                 parameter.grad = grad

@@ -3,6 +3,10 @@
 The own parameters carry v as a tangent through the loss and its backward pass; the tangents
 of the gradients in w and lambda are the products. A pass a direction, and the memory of a
 first-order gradient with tangents.
+
+These are ``J v`` for J the Jacobian of the gradients in w, and in lambda, along w. They equal
+the transposed products of the other modes where the gradients are those of a scalar; where a
+hook or a custom function changes the backward pass they do not.
 """
 
 from __future__ import annotations
