@@ -188,6 +188,7 @@ def check(
     program: Program | None = None,
     hypergrad: Any | Unset = UNSET,
     damping: float | None = None,
+    nested: bool = False,
 ) -> Report:
     """Compares a level's hypergradient with a converged one, at the current parameters.
 
@@ -202,6 +203,8 @@ def check(
         program: the program; default: the current one.
         hypergrad: a method for every edge in place of those declared.
         damping: of the reference; default: on each edge that of its own method.
+        nested: also compare Eq. (2) itself, solved to convergence, with the true derivative
+            through nested best responses; see :func:`hypergradient`.
 
     Returns:
         Errors and cosines by edge and overall, and which knob to turn; ``print`` shows a table.
@@ -216,5 +219,6 @@ def check(
         program=program or current_program(),
         hypergrad=hypergrad,
         damping=damping,
+        nested=nested,
     )
     return Report(found)

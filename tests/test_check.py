@@ -322,3 +322,22 @@ def test_single_precision_networks_are_compared_too():
     case = bilevel(low, top, model, {"s": torch.zeros(16)}, batch, batch)
     report = mlodeco.check("top", program=case.program, hypergrad=CG(max_steps=60))
     assert report.error < 1e-3
+
+
+def test_nested_tells_how_far_eq_2_itself_is():
+    program = chain()
+    report = mlodeco.check("top", program=program, nested=True)
+    two = mlodeco.hypergradient("top", program=program, hypergrad="dense")["x"]
+    true = mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=True)["x"]
+    gap = report.findings.nested
+    assert gap.error == pytest.approx(float((two - true).norm() / true.norm()), rel=1e-6)
+    assert gap.error > 0.01
+    assert "Eq. (2) against nested" in str(report)
+    assert "use nested=True" in report.advice
+    assert mlodeco.check("top", program=program).findings.nested is None
+
+
+def test_nested_adds_nothing_where_eq_2_is_exact():
+    report = mlodeco.check("top", program=quadratic().program, nested=True)
+    assert report.findings.nested.error < 1e-9
+    assert "Eq. (2) itself" not in report.advice

@@ -15,7 +15,7 @@ from mlodeco.graph import SweepPlan
 from mlodeco.hypergrad import Converged, Implicit, Neumann, spell, turned
 from mlodeco.runtime.build import Build, Methods
 from mlodeco.runtime.engine import Batches, compute_hypergradient, levels_involved, muted_context
-from mlodeco.runtime.functional import find_batches, prepare
+from mlodeco.runtime.functional import check_nested, find_batches, prepare
 from mlodeco.tree import Tree, add, dot, norm
 
 _RIGHT = 0.99
@@ -97,6 +97,8 @@ class Findings:
         edges: each edge on a path, by itself.
         indirect: the indirect hypergradient with all methods as they are.
         overall: the whole hypergradient, the direct gradient included.
+        nested: Eq. (2) with converged solves against the true derivative through nested best
+            responses; None if it was not asked for.
         references: the solves of the reference.
         advice: which knob to turn.
     """
@@ -105,6 +107,7 @@ class Findings:
     edges: tuple[EdgeCheck, ...]
     indirect: Agreement
     overall: Agreement
+    nested: Agreement | None
     references: tuple[Solve, ...]
     advice: str
 
@@ -116,6 +119,7 @@ def compare(
     program: Registry,
     hypergrad: Any | Unset,
     damping: float | None,
+    nested: bool,
 ) -> Findings:
     """Compares the methods of a level's sweep with converged ones; changes nothing."""
     built, methods, given = prepare(level, batches, program, hypergrad)
@@ -133,10 +137,12 @@ def compare(
             level=level,
             site=built.levels[level].site,
         )
-    involved = levels_involved(built, level, dict(reference), nested=False)
-    return _Checker(
-        built, plan, find_batches(built, involved, given), methods, reference
-    ).findings()
+    check_nested(nested)
+    involved = dict.fromkeys(levels_involved(built, level, dict(reference), nested=False))
+    if nested:
+        involved.update(dict.fromkeys(levels_involved(built, level, dict(reference), nested=True)))
+    items = find_batches(built, tuple(involved), given)
+    return _Checker(built, plan, items, methods, reference).findings(nested=nested)
 
 
 def _damping_of(method: Method | None) -> float:
@@ -167,8 +173,9 @@ class _Checker:
         self._direct = self._sweep(dict.fromkeys(methods)).gradient
         self._exact = self._sweep(self._reference)
 
-    def findings(self) -> Findings:
+    def findings(self, *, nested: bool) -> Findings:
         """Every edge by itself, all together, and what to turn."""
+        gap = self._gap_to_nested() if nested else None
         edges = [self._check(edge, self._methods[edge]) for edge in _edges_of(self._plan)]
         actual = self._sweep(self._methods)
         return Findings(
@@ -176,11 +183,12 @@ class _Checker:
             edges=tuple(edges),
             indirect=self._agreement(actual),
             overall=Agreement.between(actual.gradient, self._exact.gradient),
+            nested=gap,
             references=self._exact.solves,
-            advice=" ".join([self._advise(edges), *self._doubts()]),
+            advice=" ".join([self._advise(edges), *_advise_on_nested(gap), *self._doubts()]),
         )
 
-    def _sweep(self, methods: Methods) -> Hypergradient:
+    def _sweep(self, methods: Methods, *, nested: bool = False) -> Hypergradient:
         built = self._built
         return compute_hypergradient(
             built,
@@ -188,7 +196,12 @@ class _Checker:
             self._batches,
             lambda name: muted_context(built, name),
             methods=methods,
+            nested=nested,
         )
+
+    def _gap_to_nested(self) -> Agreement:
+        true = self._sweep(self._reference, nested=True)
+        return Agreement.between(self._exact.gradient, true.gradient)
 
     def _agreement(self, found: Hypergradient) -> Agreement:
         direct = self._direct
@@ -262,6 +275,15 @@ class _Checker:
             for solve in self._exact.solves
             if solve.solution.status is not Status.CONVERGED
         ]
+
+
+def _advise_on_nested(gap: Agreement | None) -> list[str]:
+    if gap is None or gap.error is None or gap.error <= _NEAR:
+        return []
+    return [
+        f"Eq. (2) itself has a relative error of {_figure(gap.error)} against the true derivative "
+        f"(cosine {_figure(gap.cosine)}), however well it is solved: use nested=True."
+    ]
 
 
 def _quality(agreement: Agreement) -> float:

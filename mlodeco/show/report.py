@@ -62,6 +62,10 @@ class Report:
         table.add_section()
         table.add_row("all, indirect", "", "", "", *_figures(self.findings.indirect))
         table.add_row("all, with the direct", "", "", "", *_figures(self.findings.overall))
+        if self.findings.nested is not None:
+            table.add_section()
+            figures = _figures(self.findings.nested)
+            table.add_row("Eq. (2) against nested", "", "", "", *figures)
         parts: list[RenderableType] = [table]
         for edge in self.edges:
             if edge.solve is not None and edge.solve.solution.status.is_trouble:
