@@ -67,6 +67,14 @@ class Graph:
         """The levels below, directly or through others."""
         return self._below[self.known(level)]
 
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """How many levels stand under each in the longest chain: 0 for one without lower levels."""
+        found: dict[str, int] = {}
+        for name in self.order:
+            found[name] = 1 + max((found[low] for low in self.lower[name]), default=-1)
+        return found
+
     def uppers(self, level: str) -> tuple[str, ...]:
         """The levels that have this one in their ``lower``."""
         return tuple(name for name in self.levels if level in self.lower[name])
