@@ -45,9 +45,12 @@ class Graph:
 
     @cached_property
     def order(self) -> tuple[str, ...]:
-        """The levels, each after all its lower levels; otherwise as declared."""
-        done: dict[str, None] = {}
-        pending = list(self.levels)
+        """The order of turns: levels without lower levels, then each after all its own.
+
+        Otherwise as declared.
+        """
+        done = dict.fromkeys(name for name in self.levels if not self.lower[name])
+        pending = [name for name in self.levels if name not in done]
         while pending:
             ready = next(n for n in pending if all(low in done for low in self.lower[n]))
             done[ready] = None
