@@ -70,13 +70,6 @@ class Build:
     fingerprint: tuple[Any, ...] = ()
     _plans: dict[str, SweepPlan] = field(default_factory=dict)
 
-    @property
-    def turns(self) -> tuple[str, ...]:
-        """The levels in the order in which a tick steps them."""
-        graph = self.graph
-        leaves = [name for name in graph.levels if not graph.lower[name]]
-        return (*leaves, *(name for name in graph.order if graph.lower[name]))
-
     def readers(self, source: str) -> tuple[str, ...]:
         """The levels that read a source."""
         return tuple(n for n, level in self.levels.items() if source in level.binding.sources)

@@ -189,7 +189,7 @@ class Runner:
         ``run_end``, which belong to :meth:`run`.
         """
         self.built.tick = self.tick + 1
-        for name in self.built.turns:
+        for name in self.built.graph.order:
             if name not in self._asked:
                 turned = self._take_turn(name)
                 self._asked[name] = turned
