@@ -28,7 +28,7 @@ from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.calculus.sweep import Hypergradient, Solve
 from mlodeco.errors import MethodError
 from mlodeco.graph import NestPlan
-from mlodeco.tree import Tree, add, is_zero, restrict, zeros_like
+from mlodeco.tree import Tree, add, is_zero, norm, restrict, zeros_like
 
 Values = dict[str, Tree]
 """The parameters of levels on which something is differentiated."""
@@ -94,7 +94,8 @@ class _Nest:
             loss, metrics, state = self._total_loss(top, {top: own}, 0)
             value = require_finite(loss, top, self._points[top].loss.site)
             found = gradient(loss, own) if loss.requires_grad else {}
-        return Hypergradient(found, value, metrics, tuple(self._solves.values()), state, {})
+        solves = tuple(self._solves.values())
+        return Hypergradient(found, norm(found), value, metrics, solves, state, {})
 
     def _total_loss(
         self, level: str, values: Values, order: int
