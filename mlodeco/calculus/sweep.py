@@ -90,17 +90,17 @@ def sweep(
             key = visit.level, number
             memory = (memories or {}).get(key, {})
             problem = LowerProblem(points[visit.level], visit.level, targets, memory)
-            _require_finite_tree(cotangent, problem, "the cotangent that reaches the level")
+            require_finite_tree(cotangent, problem.point, "the cotangent that reaches the level")
             response = method.respond(problem, cotangent)
             what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
             value = response.solution.value
             fresh = {key: t for key, t in value.items() if t is not cotangent.get(key)}
-            _require_finite_tree(fresh, problem, what)
+            require_finite_tree(fresh, problem.point, what)
             solves.append(Solve(visit.level, method, response.solution))
             kept[key] = response.memory
             for target, tree in response.cross.items():
                 what = f"the second derivative towards level {target!r}"
-                _require_finite_tree(tree, problem, what)
+                require_finite_tree(tree, problem.point, what)
                 if target == plan.top:
                     indirect = add(indirect, tree, -1.0)
                 else:
@@ -160,7 +160,7 @@ class _Cotangents:
     def add(self, level: str, method: Method, tree: Tree, factor: float) -> None:
         groups = self._by_level.setdefault(level, [])
         for number, (other, cotangent) in enumerate(groups):
-            if _are_same(other, method):
+            if are_same(other, method):
                 groups[number] = (other, add(cotangent, tree, factor))
                 return
         groups.append((method, add({}, tree, factor)))
@@ -169,14 +169,19 @@ class _Cotangents:
         return self._by_level.get(level, [])
 
 
-def _are_same(left: Method, right: Method) -> bool:
+def are_same(left: Method, right: Method) -> bool:
     """Whether two methods do the same; a user's own are not compared by their contents."""
     kind = type(left)
     is_known = kind is type(right) and kind.__module__.startswith("mlodeco.hypergrad.")
     return left is right or (is_known and left == right)
 
 
-def _require_finite_tree(tree: Tree, problem: LowerProblem, what: str) -> None:
+def require_finite_tree(tree: Tree, point: Point, what: str) -> None:
+    """Refuses numbers that are not finite, in what was found for the level of ``point``.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
     size = norm(tree)
     if math.isfinite(size) or all(bool(torch.isfinite(t).all()) for t in tree.values()):
         return
@@ -185,6 +190,6 @@ def _require_finite_tree(tree: Tree, problem: LowerProblem, what: str) -> None:
         expected="finite numbers.",
         remedy="look at this level's loss and at that of the level above for overflow, a division "
         "by zero or the logarithm of zero; for a solver, use a smaller step or more damping.",
-        level=problem.level,
-        site=problem.point.loss.site,
+        level=point.loss.level,
+        site=point.loss.site,
     )
