@@ -36,6 +36,7 @@ from tests import reference
 from tests.problems import randn, spd
 from tests.test_purity import state
 from tests.test_sweep import GRAPHS, ladder
+from tests.test_sweep import Quadratics as Polynomials
 
 SIZE = 3
 
@@ -427,4 +428,254 @@ def test_nonlinear_programs_equal_differences_of_the_program_solved_again(graph)
         assert relative(found["x"], wanted) < tolerance
     plain = mlodeco.hypergradient(case.top, program=program, hypergrad="dense")["x"]
     assert relative(plain, case.by_paths(program)) < 1e-9
+    assert relative(plain, wanted) > 0.01
+
+
+FEED_FORWARD = {
+    **{name: GRAPHS[name] for name in ("bilevel", "feed_forward_chain", "several_uppers")},
+    "chain_read_from_above": (
+        CHAIN,
+        {"low": ["top"], "mid": ["low", "top"], "top": ["mid", "low"]},
+    ),
+    "diamond": ladder(1),
+    "ladder": ladder(3),
+}
+
+
+@pytest.mark.parametrize("graph", FEED_FORWARD)
+def test_without_feedback_it_is_eq_2_where_nothing_is_solved(graph):
+    case = Polynomials(*FEED_FORWARD[graph], seed=3)
+    for top in case.names:
+        found, wanted = (
+            mlodeco.hypergradient(top, program=case.program, hypergrad="dense", nested=nested)["x"]
+            for nested in (True, False)
+        )
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Identity(scale=0.3), CG(max_steps=2), Neumann(num_terms=3, step_size=0.2)],
+    ids=lambda m: type(m).__name__,
+)
+def test_without_feedback_truncated_solvers_give_what_they_give_by_eq_2(method):
+    case = Polynomials(*FEED_FORWARD["chain_read_from_above"], seed=3)
+    found, wanted = (
+        mlodeco.hypergradient("top", program=case.program, hypergrad=method, nested=nested)["x"]
+        for nested in (True, False)
+    )
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def networks(*, low_network=None, **options):
+    """A network on weighted samples, a middle level that decays towards it, and weights above."""
+    x, y = randn(12, 2, seed=1), torch.arange(12) % 3
+    program = Program()
+    network = low_network or nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    batches = [(x[:6], y[:6], slice(0, 6)), (x[6:], y[6:], slice(6, 12))]
+
+    @program.level("low", module=network, data=batches, optimizer=partial(SGD, lr=0.1), **options)
+    def low(model, batch, top):
+        x, y, part = batch
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        decay = sum((p**2).sum() for p in model.parameters())
+        return (top.s[part].sigmoid() * losses).mean() + 0.1 * decay, {"accuracy": losses.mean()}
+
+    @program.level(
+        "mid",
+        lower=["low"],
+        module=copy.deepcopy(network),
+        data=batches[::-1],
+        optimizer=partial(SGD, lr=0.1),
+    )
+    def mid(model, batch, low):
+        x, y, _ = batch
+        distance = sum(
+            ((p - q) ** 2).sum() for p, q in zip(model.parameters(), low.parameters(), strict=True)
+        )
+        return {"loss": nn.functional.cross_entropy(model(x), y) + distance, "distance": distance}
+
+    @program.level(
+        "top",
+        lower=["mid"],
+        module={"s": randn(12, seed=4)},
+        data=[(x, y)],
+        optimizer=partial(SGD, lr=0.1),
+    )
+    def top(net, batch, mid):
+        x, y = batch
+        loss = nn.functional.cross_entropy(mid(x), y)
+        return loss, {"loss_of_top": loss.detach()}
+
+    return program
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_without_feedback_networks_on_minibatches_give_eq_2(accumulate):
+    torch.manual_seed(0)
+    program = networks(accumulate=accumulate)
+    found, wanted = (
+        mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=nested)["s"]
+        for nested in (True, False)
+    )
+    assert wanted.norm() > 1e-6
+    assert torch.allclose(found, wanted, rtol=1e-11, atol=1e-15)
+
+
+TWO_MIDS = {"low": [], "left": ["low"], "right": ["low"], "top": ["left", "right"]}
+
+
+def two_mids(low, top):
+    reads = {"low": low, "left": ["low", "top"], "right": ["low", "top"], "top": top}
+    return Quadratics(TWO_MIDS, reads, seed=2)
+
+
+@pytest.mark.parametrize("top", [["left", "right"], ["left"]])
+def test_levels_coupled_through_a_lower_one_are_refused(top):
+    program = two_mids(["left", "right"], top).program()
+    with pytest.raises(
+        GraphError, match="'left' and 'right' respond|'right' and 'left' respond"
+    ) as raised:
+        mlodeco.hypergradient("top", program=program, nested=True)
+    assert "leave nested out" in raised.value.remedy
+    mlodeco.hypergradient("top", program=program)
+    mlodeco.hypergradient("left", program=program, nested=True)
+
+
+@pytest.mark.filterwarnings("ignore::mlodeco.errors.GraphWarning")
+def test_a_response_to_a_level_beside_is_refused_with_the_level_to_put_above():
+    case = two_mids(["left"], ["left", "right"])
+    with pytest.raises(GraphError, match="'right' responds to 'left'") as raised:
+        mlodeco.hypergradient("top", program=case.program(), nested=True)
+    assert "add 'right' to lower= of 'left'" in raised.value.remedy
+    lower = {**TWO_MIDS, "left": ["low", "right"]}
+    mended = Quadratics({n: lower[n] for n in ("low", "right", "left", "top")}, case.reads, seed=2)
+    found = mlodeco.hypergradient("top", program=mended.program(), hypergrad="dense", nested=True)
+    assert relative(found["x"], gradient_at_start(mended, "top")) < 1e-12
+
+
+def test_two_levels_on_one_that_reads_neither_are_not_coupled():
+    case = two_mids(["top"], ["left", "right"])
+    found = mlodeco.hypergradient("top", program=case.program(), hypergrad="dense", nested=True)
+    assert relative(found["x"], gradient_at_start(case, "top")) < 1e-12
+
+
+@pytest.mark.parametrize("method", [FiniteDifference(), Sama(), "darts"])
+def test_methods_that_are_no_linear_solvers_are_refused(method):
+    program = Quadratics(*chain(3)).program()
+    with pytest.raises(MethodError, match="is not a linear solver") as raised:
+        mlodeco.hypergradient("n2", program=program, hypergrad=method, nested=True)
+    assert raised.value.level in ("n0", "n1")
+    assert raised.value.site
+    assert "CG()" in raised.value.remedy
+
+
+def test_none_closes_an_edge():
+    case = Quadratics(*chain(3))
+    program = case.program(n1={"hypergrad": None}, n2={"hypergrad": {"n0": None, "n1": "dense"}})
+    q, c = case.form("n2")
+    gradient = q @ torch.cat([case.start[n] for n in case.names]) + c
+    form, _ = case.form("n1")
+    own, top = case.at["n1"], case.at["n2"]
+    move = -torch.linalg.solve(form[own, own], form[own, top])
+    found = mlodeco.hypergradient("n2", program=program, nested=True)["x"]
+    assert relative(found, gradient[top] + move.T @ gradient[own]) < 1e-12
+    direct = mlodeco.hypergradient("n2", program=program, hypergrad=None, nested=True)["x"]
+    assert relative(direct, gradient[top]) < 1e-12
+
+
+def test_damping_is_a_decay_of_every_response():
+    case = Quadratics(*chain(3), damping=0.3)
+    for method in (Dense(damping=0.3), CG(damping=0.3, max_steps=30, rtol=1e-13)):
+        found = mlodeco.hypergradient("n2", program=case.program(), hypergrad=method, nested=True)[
+            "x"
+        ]
+        assert relative(found, gradient_at_start(case, "n2")) < 1e-9
+
+
+def test_methods_by_edge():
+    case = Quadratics(*chain(3))
+    seen = []
+
+    def recording(name):
+        def solve(matvec, b):
+            seen.append(name)
+            return Dense().solve(matvec, b)
+
+        return solve
+
+    program = case.program(
+        n1={"hypergrad": recording("n1->n0")},
+        n2={"hypergrad": {"n0": recording("n2->n0"), "n1": recording("n2->n1")}},
+    )
+    found = mlodeco.hypergradient("n2", program=program, nested=True)["x"]
+    assert relative(found, gradient_at_start(case, "n2")) < 1e-12
+    assert seen.count("n2->n1") == 1
+    assert seen.count("n2->n0") == 1
+    assert seen.count("n1->n0") > 4
+
+
+def test_two_solvers_of_ones_own_are_two_methods_by_eq_2_too():
+    lower, reads = ladder(1)
+    case = Quadratics(lower, reads)
+
+    def scaling(factor):
+        return lambda matvec, b: {key: factor * value for key, value in b.items()}
+
+    def with_sides(left, right):
+        edges = {"l0": {"hypergrad": left}, "r0": {"hypergrad": right}}
+        return case.program(**edges, n1={"hypergrad": "dense"}, top={"hypergrad": "dense"})
+
+    own = with_sides(scaling(0.2), scaling(0.7))
+    wanted = mlodeco.hypergradient(
+        "top", program=with_sides(Identity(scale=0.2), Identity(scale=0.7))
+    )["x"]
+    for nested in (False, True):
+        found = mlodeco.hypergradient("top", program=own, nested=nested)["x"]
+        assert relative(found, wanted) < 1e-12
+
+
+def test_solvers_registered_by_name():
+    case = Quadratics(*chain(3))
+    program = case.program(n1={"hypergrad": "mine"}, n2={"hypergrad": "mine"})
+
+    @program.method("mine")
+    def mine(matvec, b):
+        return CG(max_steps=50, rtol=1e-14).solve(matvec, b).value
+
+    found = mlodeco.hypergradient("n2", program=program, nested=True)["x"]
+    assert relative(found, gradient_at_start(case, "n2")) < 1e-9
+
+
+def scaled_identities():
+    """A chain whose total Hessians are the identity divided by 0.5, one loss after the other."""
+    program = Program()
+    a, b = 0.6, 0.5
+
+    @program.level("low", module={"x": randn(2, seed=1)})
+    def low(own, mid):
+        return (own.x**2).sum() - 2 * a * (own.x * mid.x).sum()
+
+    @program.level("mid", lower=["low"], module={"x": randn(2, seed=2)})
+    def mid(own, low, top):
+        return (1 - b * a**2) * (own.x**2).sum() + b * (low.x**2).sum() - (own.x * top.x).sum()
+
+    @program.level("top", lower=["mid"], module={"x": randn(2, seed=3)})
+    def top(own, mid):
+        return ((mid.x - 1) ** 2).sum() / 2 + (own.x**2).sum()
+
+    wanted = 2 * program.module("top").x + 0.5 * (program.module("mid").x - 1)
+    return program, wanted.detach()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Identity(scale=0.5), Neumann(num_terms=1, step_size=0.5), Nystrom(rank=2, damping=1e-10)],
+    ids=lambda m: type(m).__name__,
+)
+def test_approximations_that_happen_to_be_exact(method):
+    program, wanted = scaled_identities()
+    found = mlodeco.hypergradient("top", program=program, hypergrad=method, nested=True)["x"]
+    assert relative(found, wanted) < 1e-8
+    plain = mlodeco.hypergradient("top", program=program, hypergrad="dense")["x"]
     assert relative(plain, wanted) > 0.01
