@@ -34,7 +34,7 @@ from mlodeco.hypergrad import (
 )
 from tests import reference
 from tests.problems import randn, spd
-from tests.test_purity import state
+from tests.test_purity import same, state
 from tests.test_sweep import GRAPHS, ladder
 from tests.test_sweep import Quadratics as Polynomials
 
@@ -275,21 +275,21 @@ def test_random_graphs_equal_elimination_or_are_coupled(drawn):
 class Quartics:
     """Nonlinear levels with feedback, at most one of them between the lowest and the top."""
 
-    def __init__(self, lower, reads, seed=0):
-        self.lower, self.reads = lower, reads
+    def __init__(self, lower, reads, seed=0, size=SIZE):
+        self.lower, self.reads, self.size = lower, reads, size
         self.lows = [name for name in lower if not lower[name]]
         (self.mid,) = [n for n in lower if lower[n] and any(n in low for low in lower.values())]
         (self.top,) = [name for name in lower if name != self.mid and lower[name]]
         names = [*self.lows, self.mid, self.top]
         self.mixed = {
-            (i, j): 0.8 * randn(SIZE, SIZE, seed=seed + 100 + 10 * a + b)
+            (i, j): 0.8 * randn(self.size, self.size, seed=seed + 100 + 10 * a + b)
             for a, i in enumerate(names)
             for b, j in enumerate(names)
         }
-        self.linear = {n: randn(SIZE, seed=seed + 50 + i) for i, n in enumerate(names)}
-        self.curvature = {n: spd(SIZE, seed + i, 1.0, 2.0) for i, n in enumerate(names)}
-        self.values = {n: torch.zeros(SIZE, dtype=torch.float64) for n in names}
-        self.values = self.solved(randn(SIZE, seed=seed + 70))
+        self.linear = {n: randn(self.size, seed=seed + 50 + i) for i, n in enumerate(names)}
+        self.curvature = {n: spd(self.size, seed + i, 1.0, 2.0) for i, n in enumerate(names)}
+        self.values = {n: torch.zeros(self.size, dtype=torch.float64) for n in names}
+        self.values = self.solved(randn(self.size, seed=seed + 70))
 
     def loss(self, name, z):
         own = z[name]
@@ -323,7 +323,7 @@ class Quartics:
         z = {name: value.detach().requires_grad_() for name, value in z.items()}
         order = [self.mid, *self.lows]
         found = reference.gradients(self.loss(self.mid, z), [z[name] for name in order])
-        direct, *parts = found.split(SIZE)
+        direct, *parts = found.split(self.size)
         for low, part in zip(self.lows, parts, strict=True):
             first = reference.gradients(self.loss(low, z), [z[low]], create_graph=True)
             h, cross = (reference.jacobian(first, [z[n]]) for n in (low, self.mid))
@@ -332,7 +332,7 @@ class Quartics:
 
     def slope(self, m, top):
         """The Jacobian of the mid level's total gradient, by differences."""
-        eye = 1e-5 * torch.eye(SIZE, dtype=torch.float64)
+        eye = 1e-5 * torch.eye(self.size, dtype=torch.float64)
         ahead = [self.total_gradient(m + e, top) - self.total_gradient(m - e, top) for e in eye]
         return torch.stack(ahead, dim=1) / 2e-5
 
@@ -361,10 +361,10 @@ class Quartics:
             return (8 * near - far) / 12
 
         h = 3e-3
-        eye = h * torch.eye(SIZE, dtype=torch.float64)
+        eye = h * torch.eye(self.size, dtype=torch.float64)
         return torch.tensor([along(e) for e in eye], dtype=torch.float64) / h
 
-    def program(self):
+    def program(self, **hypergrad):
         program = Program()
         for name in self.lower:
             declare(
@@ -380,6 +380,7 @@ class Quartics:
                 lower=self.lower[name],
                 reads=self.reads[name],
                 module={"x": self.values[name].clone()},
+                **({"hypergrad": hypergrad[name]} if name in hypergrad else {}),
             )
         return program
 
@@ -679,3 +680,382 @@ def test_approximations_that_happen_to_be_exact(method):
     assert relative(found, wanted) < 1e-8
     plain = mlodeco.hypergradient("top", program=program, hypergrad="dense")["x"]
     assert relative(plain, wanted) > 0.01
+
+
+class Parts(nn.Module):
+    """Two tensors of use, one frozen and one that no loss of its own level touches."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = nn.Parameter(randn(2, 2, seed=seed))
+        self.scale = nn.Parameter(randn(1, seed=seed + 1))
+        self.frozen = nn.Parameter(randn(2, seed=seed + 2), requires_grad=False)
+        self.idle = nn.Parameter(randn(2, seed=seed + 3))
+
+    def forward(self, x):
+        return x @ self.weight * self.scale + self.frozen
+
+
+def parts_program(*, without_idle=False):
+    """Feedback with several parameters; with ``without_idle`` the idle ones are left out."""
+    program = Program()
+    x = randn(5, 2, seed=9)
+
+    @program.level("low", module=Parts(1))
+    def low(model, mid):
+        distance = ((model.weight - 0.5 * mid.weight) ** 2).sum() + (
+            (model.scale - mid.scale) ** 2
+        ).sum()
+        return (model(x) * mid(x)).sin().mean() + distance
+
+    @program.level("mid", lower=["low"], module=Parts(11))
+    def mid(model, low, top):
+        fit = ((low(x) + model(x) - top(x)) ** 2).mean()
+        return fit + ((model.weight + low.weight) ** 2).sum() + 3 * (model.scale**2).sum()
+
+    @program.level("top", lower=["mid"], module=Parts(21))
+    def top(model, mid):
+        idle = 0.0 if without_idle else (mid.idle * mid.frozen).sum()
+        return (mid(x) ** 2).mean() + 0.1 * (model.weight**2).sum() + idle
+
+    return program
+
+
+def test_frozen_and_idle_parameters_take_no_part():
+    program = parts_program()
+    found = mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=True)
+    assert sorted(found) == ["idle", "scale", "weight"]
+    assert not found["idle"].any()
+    without = mlodeco.hypergradient(
+        "top", program=parts_program(without_idle=True), hypergrad="dense", nested=True
+    )
+    cg = mlodeco.hypergradient(
+        "top", program=program, hypergrad=CG(max_steps=50, rtol=1e-13), nested=True
+    )
+    plain = mlodeco.hypergradient("top", program=program, hypergrad="dense")
+    for key in ("scale", "weight"):
+        assert relative(found[key], without[key]) < 1e-12
+        assert relative(cg[key], found[key]) < 1e-8
+        assert relative(plain[key], found[key]) > 0.01
+
+
+def test_modules_in_single_precision():
+    wide = parts_program()
+    narrow = parts_program()
+    for name in ("low", "mid", "top"):
+        for module in (wide.module(name), narrow.module(name)):
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.copy_(p.float())
+    narrow_x = {n: narrow.module(n) for n in ("low", "mid", "top")}
+    for module in narrow_x.values():
+        module.float()
+        module.forward = partial(lambda self, x: Parts.forward(self, x.float()), module)
+    found = mlodeco.hypergradient("top", program=narrow, hypergrad="cg", nested=True)
+    wanted = mlodeco.hypergradient("top", program=wide, hypergrad="dense", nested=True)
+    for key in ("scale", "weight"):
+        assert found[key].dtype == torch.float32
+        assert relative(found[key].double(), wanted[key]) < 1e-3
+
+
+def feedback_on_data(accumulate, data, *, low_module=None, **options):
+    """A network below, features' weights between, which it reads, and a decay on top."""
+    program = Program()
+    low_module = low_module or nn.Linear(3, 1, dtype=torch.float64)
+
+    @program.level(
+        "low",
+        module=low_module,
+        data=data,
+        accumulate=accumulate,
+        optimizer=partial(SGD, lr=0.1),
+        **options,
+    )
+    def low(model, batch, mid):
+        decay = sum((p**2).sum() for p in model.parameters())
+        return ((model(batch) - 1) ** 2).mean() + (mid.s.exp() * decay).mean()
+
+    @program.level(
+        "mid",
+        lower=["low"],
+        module={"s": randn(2, seed=3)},
+        data=data,
+        accumulate=accumulate,
+        optimizer=partial(SGD, lr=0.1),
+    )
+    def mid(m, batch, low, top):
+        return {
+            "loss": (low(batch) ** 2).mean() + ((m.s - top.t) ** 2).sum() + (m.s**4).sum(),
+            "size": m.s.norm(),
+        }
+
+    @program.level(
+        "top",
+        lower=["mid"],
+        module={"t": randn(2, seed=4)},
+        data=data,
+        accumulate=accumulate,
+        optimizer=partial(SGD, lr=0.1),
+    )
+    def top(t, batch, mid, low):
+        return (low(batch) ** 2).mean() + (mid.s**2).sum(), {"t": t.t.sum()}
+
+    return program
+
+
+def test_micro_batches_of_a_level_are_one_batch():
+    x = randn(8, 3, seed=1)
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1, dtype=torch.float64)
+    found = [
+        mlodeco.hypergradient(
+            "top",
+            program=feedback_on_data(n, list(x.split(8 // n)), low_module=module),
+            hypergrad="dense",
+            nested=True,
+        )["t"]
+        for n in (1, 4)
+    ]
+    assert relative(*found) < 1e-12
+
+
+class Masked(nn.Module):
+    """Dropout written out, to see its masks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = (
+            nn.Linear(3, 6, dtype=torch.float64),
+            nn.Linear(6, 1, dtype=torch.float64),
+        )
+        self.norm = nn.BatchNorm1d(6, dtype=torch.float64)
+        self.masks = []
+
+    def forward(self, x):
+        h = self.norm(self.first(x)).tanh()
+        mask = torch.nn.functional.dropout(torch.ones_like(h), 0.5, self.training)
+        self.masks.append(mask.detach())
+        return self.last(h * mask)
+
+
+def test_random_masks_are_the_same_in_all_passes_and_nothing_changes():
+    module = Masked()
+    program = feedback_on_data(1, [randn(8, 3, seed=1)], low_module=module)
+    generator = torch.Generator()
+    before = state(program, generator)
+    found = mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=True)["t"]
+    assert len(module.masks) > 6
+    per_level = {tuple(mask.flatten().tolist()) for mask in module.masks}
+    assert len(per_level) <= 3
+    again = mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=True)["t"]
+    assert torch.equal(found, again)
+    assert same(before, state(program, generator))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_activation_checkpointing_is_refused_where_it_stands():
+    program = feedback_on_data(1, [randn(8, 3, seed=1)], low_module=Checkpointed())
+    generator = torch.Generator()
+    before = state(program, generator)
+    with pytest.raises(MethodError, match="saved-tensor hooks") as raised:
+        mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=True)
+    assert raised.value.level in ("low", "mid", "top")
+    assert "test_nested.py" in raised.value.site
+    assert "without checkpointing" in raised.value.remedy
+    assert same(before, state(program, generator))
+    mlodeco.hypergradient("top", program=program, hypergrad="dense")
+
+
+def test_other_errors_of_a_loss_come_through_as_they_are():
+    program = Program()
+    program.level("low", module={"x": randn(2)})(lambda m, top: ((m.x - top.x) ** 2).sum())
+    calls = []
+
+    @program.level("top", lower=["low"], module={"x": randn(2)})
+    def top(m, low):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("my own")
+        return (low.x**2).sum() + (m.x**2).sum()
+
+    with pytest.raises(RuntimeError, match="^my own"):
+        mlodeco.hypergradient("top", program=program, nested=True)
+
+
+@pytest.mark.parametrize("where", ["low", "mid", "top"])
+def test_numbers_that_are_not_finite_are_located(where):
+    def spoil(name, x):
+        # a slope without a value: the square root at zero
+        return (x - x.detach()).abs().sqrt().sum() if name == where else 0.0
+
+    program = Program()
+
+    @program.level("low", module={"x": randn(2, seed=1)})
+    def low(m, mid):
+        return ((m.x - mid.x) ** 2).sum() + spoil("low", m.x)
+
+    @program.level("mid", lower=["low"], module={"x": randn(2, seed=2)})
+    def mid(m, low, top):
+        return ((m.x - low.x - top.x) ** 2).sum() + (m.x**2).sum() + spoil("mid", m.x)
+
+    @program.level("top", lower=["mid"], module={"x": randn(2, seed=3)})
+    def top(m, mid):
+        return ((m.x - mid.x) ** 2).sum() + spoil("top", m.x)
+
+    with pytest.raises(NonFiniteError) as raised:
+        mlodeco.hypergradient("top", program=program, hypergrad="cg", nested=True)
+    assert raised.value.level == where
+
+
+@pytest.mark.parametrize("name", ["n0", "n1"])
+def test_solutions_that_are_not_finite_are_located(name):
+    case = Quadratics(*chain(3))
+
+    def infinite(matvec, b):
+        return {key: value / 0.0 for key, value in b.items()}
+
+    program = case.program(
+        n1={"hypergrad": infinite if name == "n0" else "dense"},
+        n2={"hypergrad": {"n0": "dense", "n1": infinite if name == "n1" else "dense"}},
+    )
+    with pytest.raises(NonFiniteError, match="the solution of") as raised:
+        mlodeco.hypergradient("n2", program=program, nested=True)
+    assert raised.value.level == name
+
+
+def test_trouble_of_a_solve_is_told_with_its_level():
+    program = Program()
+    program.level("low", module={"x": randn(2)})(lambda m, mid: ((m.x - mid.x) ** 2).sum())
+
+    @program.level("mid", lower=["low"], module={"x": randn(2, seed=2)})
+    def mid(m, low, top):
+        return (m.x * top.x).sum() - (low.x**2).sum()  # its total Hessian is -2
+
+    @program.level("top", lower=["mid"], module={"x": randn(2, seed=3)})
+    def top(m, mid):
+        return ((m.x - mid.x) ** 2).sum()
+
+    with pytest.warns(SolverWarning, match="level 'mid'.*without positive curvature"):
+        mlodeco.hypergradient("top", program=program, hypergrad="cg", nested=True)
+
+
+@pytest.mark.parametrize("nested", [1, "yes", None])
+def test_nested_is_true_or_false(nested):
+    program = Quadratics(*chain(3)).program()
+    for call in (
+        lambda: mlodeco.hypergradient("n2", program=program, nested=nested),
+        lambda: mlodeco.run(1, program=program, progress="off", nested=nested),
+    ):
+        with pytest.raises(RunError, match="nested="):
+            call()
+
+
+def optimized(case):
+    sgd = {"optimizer": partial(SGD, lr=0.4)}
+    return case.program(
+        n0={**sgd, "inner_steps": 4},
+        n1={**sgd, "inner_steps": 4, "hypergrad": "dense"},
+        n2={**sgd, "hypergrad": "dense"},
+    )
+
+
+def test_a_run_converges_to_the_solution_of_the_nested_program():
+    case = Quadratics(*chain(3), seed=1)
+    q, c = case.total("n2", "n2")
+    own = case.at["n2"]
+    assert torch.linalg.eigvalsh(q[own, own])[0] > 0.5
+    wanted = -torch.linalg.solve(q[own, own], c[own])
+    found = {}
+    for nested in (True, False):
+        program = optimized(case)
+        result = mlodeco.run(480, program=program, progress="off", nested=nested)
+        found[nested] = program.module("n2").x.detach()
+        last = list(result.history.of("n2"))[-1]
+        assert sorted(solve[0] for solve in last.solves) == ["n0", "n1"]
+        assert all(solve[4] == "converged to its tolerance" for solve in last.solves)
+    assert relative(found[True], wanted) < 1e-6
+    assert relative(found[False], wanted) > 0.01
+
+
+def test_a_run_keeps_metrics_and_buffers():
+    program = feedback_on_data(2, [randn(8, 3, seed=i) for i in range(4)], low_module=Masked())
+    result = mlodeco.run(4, program=program, seed=0, progress="off", nested=True)
+    (last,) = list(result.history.of("top"))[-1:]
+    assert "t" in last.metrics
+    assert last.loss > 0
+    batches = int(program.module("low").norm.num_batches_tracked)
+    assert batches == 4 * 2
+
+
+def test_what_a_hypergradient_costs():
+    """4 solves of the lowest level for each product of the middle one, and 8 more."""
+    counts = []
+    for size in (2, 4, 6):
+        case = Quartics(CHAIN, NONLINEAR["feedback"][1], seed=1, size=size)
+        solved = []
+
+        def counting(name, solved=solved):
+            def solve(matvec, b):
+                solved.append(name)
+                return Dense().solve(matvec, b)
+
+            return solve
+
+        program = case.program(
+            mid=counting("low"), top={"low": counting("low"), "mid": counting("mid")}
+        )
+        mlodeco.hypergradient("top", program=program, nested=True)
+        counts.append((solved.count("low"), solved.count("mid")))
+    assert all(mid == 1 for _, mid in counts)
+    lows = [low for low, _ in counts]
+    assert lows == [4 * size + 8 for size in (2, 4, 6)]
+
+
+def test_a_tall_ladder_costs_one_solve_a_level():
+    case = Polynomials(*ladder(20), seed=5)
+    solved = []
+
+    @case.program.method("counting")
+    def solve(matvec, b):
+        solved.append(1)
+        return CG(max_steps=20, rtol=1e-12).solve(matvec, b)
+
+    found = mlodeco.hypergradient("top", program=case.program, hypergrad="counting", nested=True)
+    assert len(solved) == 3 * 20 + 1
+    plain = mlodeco.hypergradient("top", program=case.program, hypergrad="dense")["x"]
+    assert torch.allclose(found["x"], plain, rtol=1e-9, atol=1e-12)
+
+
+def test_levels_on_no_path_are_not_evaluated():
+    calls = []
+    program = Program()
+    program.level("low", module={"x": randn(2)})(lambda m, top: ((m.x - top.x) ** 2).sum())
+
+    @program.level("aside", module={"x": randn(2)})
+    def aside(m):
+        calls.append(1)
+        return (m.x**2).sum()
+
+    @program.level("top", lower=["low", "aside"], module={"x": randn(2)})
+    def top(m, low, aside):
+        return (low.x**2).sum() + (aside.x * low.x).sum()
+
+    mlodeco.hypergradient("top", program=program, nested=True)
+    assert not calls
+
+
+def test_eq_2_says_where_nested_alone_follows():
+    program = Quartics(CHAIN, NONLINEAR["through_low_alone"][1]).program()
+    with pytest.warns(GraphWarning, match="set nested=True"):
+        mlodeco.hypergradient("top", program=program, hypergrad="dense")
+    mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=True)

@@ -54,8 +54,13 @@ def differentiate_nested(
     """The hypergradient of ``plan.top`` with every level's total response.
 
     Exact as far as the linear solves are; each H is taken as symmetric. Cost: one solve a level
-    where Eq. (2) makes one, each of whose products makes solves of the levels below it, so
-    that it multiplies with depth.
+    where Eq. (2) makes one, each of whose products makes solves of the levels that it feeds back
+    into, so that it multiplies with depth: where a lowest level reads the one between, 4 solves
+    a product of that one and 8 more, so 24 for 4 variables solved as a matrix; and a fourth level
+    on top of the same kind makes it hundreds. Without feedback, one solve a level.
+
+    Of a method its solver and its damping count. ``product``, ``curvature_batch`` and
+    ``warm_start`` have no part: products are reverse, on whole batches, and nothing is kept.
 
     Args:
         plan: what responds to what.
@@ -63,8 +68,8 @@ def differentiate_nested(
         methods: for each edge (upper, lower) its linear solver.
 
     Raises:
-        MethodError: a method is not a linear solver.
-        NonFiniteError: the loss is not finite.
+        MethodError: a method is not a linear solver, or a loss uses saved-tensor hooks.
+        NonFiniteError: a loss, a gradient, a cotangent or a solution is not finite.
     """
     return _Nest(plan, points, methods).hypergradient()
 
