@@ -169,7 +169,7 @@ class _Cotangents:
     def add(self, level: str, method: Method, tree: Tree, factor: float) -> None:
         groups = self._by_level.setdefault(level, [])
         for number, (other, cotangent) in enumerate(groups):
-            if _are_same(other, method):
+            if are_same(other, method):
                 groups[number] = (other, add(cotangent, tree, factor))
                 return
         groups.append((method, add({}, tree, factor)))
@@ -178,7 +178,7 @@ class _Cotangents:
         return self._by_level.get(level, [])
 
 
-def _are_same(left: Method, right: Method) -> bool:
+def are_same(left: Method, right: Method) -> bool:
     """Whether two methods do the same; a user's own are not compared by their contents."""
     kind = type(left)
     is_known = kind is type(right) and kind.__module__.startswith("mlodeco.hypergrad.")
@@ -188,18 +188,26 @@ def _are_same(left: Method, right: Method) -> bool:
 def _require_finite(tree: Tree, parts: list[_Part]) -> float:
     """The norm of a tree; if it is not finite, the first of its parts that is not is refused."""
     size = norm(tree)
-    if math.isfinite(size):
-        return size
-    for part, problem, what in parts:
-        if all(bool(torch.isfinite(tensor).all()) for tensor in part.values()):
-            continue
-        raise NonFiniteError(
-            f"{what} is not finite (its norm is {norm(part)}).",
-            expected="finite numbers.",
-            remedy="look at this level's loss and at that of the level above for overflow, a "
-            "division by zero or the logarithm of zero; for a solver, use a smaller step or more "
-            "damping.",
-            level=problem.level,
-            site=problem.point.loss.site,
-        )
+    if not math.isfinite(size):
+        for part, problem, what in parts:
+            require_finite_tree(part, problem.point, what)
     return size
+
+
+def require_finite_tree(tree: Tree, point: Point, what: str) -> None:
+    """Refuses numbers that are not finite, in what was found for the level of ``point``.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
+    size = norm(tree)
+    if math.isfinite(size) or all(bool(torch.isfinite(t).all()) for t in tree.values()):
+        return
+    raise NonFiniteError(
+        f"{what} is not finite (its norm is {size}).",
+        expected="finite numbers.",
+        remedy="look at this level's loss and at that of the level above for overflow, a division "
+        "by zero or the logarithm of zero; for a solver, use a smaller step or more damping.",
+        level=point.loss.level,
+        site=point.loss.site,
+    )

@@ -71,6 +71,7 @@ def compute_hypergradient(
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
+        _warn_of_nested_paths(built, top, methods)
         return sweep(built.plan(top, methods), points, open_edges, memories)
 
 
@@ -154,6 +155,19 @@ def _warn_of_idle_reads(built: Build, level: BuiltLevel, declared: frozenset[str
                 GraphWarning,
                 stacklevel=3,
             )
+
+
+def _warn_of_nested_paths(built: Build, top: str, methods: Methods | None) -> None:
+    """Warns where Eq. (2) has no path, and the responses of levels between are all there is."""
+    if built.needs_nesting(top, methods):
+        level = built.levels[top]
+        warnings.warn(
+            f"level {top!r} ({level.site}) acts on the levels that it reads by way of others that "
+            "it does not read, and by Eq. (2) its hypergradient is the direct gradient. Remedy: "
+            "set nested=True, or hypergrad=None.",
+            GraphWarning,
+            stacklevel=3,
+        )
 
 
 def _make_point(
