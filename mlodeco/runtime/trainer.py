@@ -119,7 +119,7 @@ class Trainer:
             for name, parameter in self.level.parameters.items():
                 found = gradient.get(name)
                 # a copy: autograd may give one tensor for two parameters, or an expanded one
-                parameter.grad = None if found is None else torch.empty_like(parameter).copy_(found)
+                parameter.grad = None if found is None else found.clone()
             for slot in self.level.loss.buffers:
                 if slot.child in self.level.own_children:
                     slot.tensor.copy_(state[slot.key])
