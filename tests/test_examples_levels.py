@@ -110,7 +110,7 @@ def fashion(tmp_path_factory):
 
 class TestPretraining:
     def test_three_levels_beat_the_others_and_find_who_is_careless(self):
-        done = run("pretraining", "--seeds", 1, "--steps", 400)
+        done = run("pretraining", "--seeds", 1, "--steps", 300)
         assert (done.returncode, done.stderr) == (0, "")
         for word in ("target only", "pooled", "plain", "two levels", "three levels", "AUC"):
             assert word in done.stdout
