@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mlodeco.declare.records import UNSET, Refresh, Unset
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.hypergrad import describe
-from mlodeco.runtime import Accelerator, Result, Runner, build
+from mlodeco.runtime import Accelerator, Build, Result, Runner, build
 from mlodeco.runtime.checking import compare
 from mlodeco.runtime.functional import compute
 from mlodeco.runtime.runner import check_steps
@@ -31,8 +31,14 @@ class Program(Registry):
     """
 
     def module(self, name: str) -> nn.Module:
-        """The real module of a level, built if it has not been."""
-        built = build(self)
+        """The real module of a level, built if it has not been.
+
+        Raises:
+            MlodecoError: the program cannot be built, or has no such level.
+        """
+        current: Build | None = self.built
+        # a look at a trained module, perhaps frozen by now, checks nothing anew
+        built = current if current and current.version == self.version else build(self)
         return built.levels[built.graph.known(name)].module
 
     def graph(self) -> GraphView:

@@ -1132,3 +1132,13 @@ def test_a_loss_may_take_its_batch_apart_in_every_pass_of_a_run():
         return program.module("top").l
 
     assert torch.equal(build(pops=True), build(pops=False))
+
+
+def test_a_trained_module_can_be_frozen_and_the_others_looked_at():
+    program = Program()
+    for name in ("a", "b"):
+        program.level(name, module=nn.Linear(1, 1))(lambda m: m.weight.sum())
+    program.module("a").requires_grad_(False)
+    assert program.module("b") is program.module("b")
+    with pytest.raises(mlodeco.errors.GraphError, match="'c'"):
+        program.module("c")
