@@ -27,7 +27,9 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", SolverWarning)  # a solve that stops early does something else
     results = list(_measure(arguments))
-    tables.show(results, Console(highlight=False))
+    console = Console(highlight=False)
+    console.width = max(console.width, tables.WIDTH)
+    tables.show(results, console)
     if arguments.json:
         rows = [{"kind": type(row).__name__.lower(), **asdict(row)} for row in results]
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

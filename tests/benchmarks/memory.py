@@ -2,11 +2,14 @@
 
 The figure is the largest resident set (VmHWM of Linux) while the side ticks three times, less the
 resident set after setup. Setup is all imports, the case at full size with its optimizers, and
-a few ticks of the same side at two samples a batch, so that kernels are loaded.
+a few ticks of the same side at two samples a batch, so that kernels are loaded. glibc is told to
+give freed blocks back at once, so that the figure is what is in use; what it would keep for later
+depends on the order of events, and scatters.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from tests.benchmarks.workloads import make
 ROOT = Path(__file__).parents[2]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 TICKS = 3
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384"}
 
 
 def measure_memory(*arguments: str) -> float | None:
@@ -32,7 +36,10 @@ def measure_memory(*arguments: str) -> float | None:
     if not STATUS.exists():
         return None
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | GIVE_BACK
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return float(done.stdout.split()[-1])

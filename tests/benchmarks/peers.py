@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.benchmarks.case import Batch, Case, Loss, Side, Ticks
+from tests.benchmarks.loop import radius
 from tests.benchmarks.methods import CG_STEPS, DAMPING, STEP, TERMS
 
 Tensors = list[Tensor]
@@ -57,7 +58,7 @@ class _Functional(Ticks):
 
 
 class Betty(Ticks):
-    """betty-ml (Choe et al. 2023); its CG has no damping, its darts another radius."""
+    """betty-ml (Choe et al. 2023); its CG has no damping."""
 
     def __init__(self, case: Case, method: str) -> None:
         from betty.configs import Config, EngineConfig
@@ -66,7 +67,7 @@ class Betty(Ticks):
 
         super().__init__(case)
         options = {
-            "finite_difference": {"type": "darts"},
+            "finite_difference": {"type": "darts", "darts_alpha": radius(self.own)},
             "neumann": {
                 "type": "neumann",
                 "neumann_iterations": TERMS - 1,

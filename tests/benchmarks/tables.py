@@ -10,6 +10,9 @@ from rich.table import Table
 from tests.benchmarks.results import Peer, Product, Result, Step
 from tests.benchmarks.timing import Ratio
 
+WIDTH = 110
+"""What the tables need."""
+
 
 def show(results: Sequence[Result], console: Console) -> None:
     """Prints a table for each kind of result that there is."""

@@ -116,9 +116,9 @@ class MixedNet(nn.Module):
         super().__init__()
         self.first = nn.ModuleList([nn.Conv2d(3, 16, k, padding=k // 2) for k in (1, 3, 5, 7)])
         self.rest = nn.Sequential(
-            *(nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GroupNorm(4, 32)),
-            *(nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.GroupNorm(4, 32)),
-            *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+            *(nn.GELU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GroupNorm(4, 32)),
+            *(nn.GELU(), nn.Conv2d(32, 32, 3, 2, 1), nn.GroupNorm(4, 32)),
+            *(nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
         )
 
     def forward(self, x: Tensor, shares: Tensor) -> Tensor:
