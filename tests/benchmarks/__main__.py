@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def main() -> None:
     """Measures what the command line asks for; fails if two sides do not do the same."""
     arguments = _arguments()
     torch.set_num_threads(1)
+    logging.disable(logging.INFO)  # other libraries introduce themselves
+    warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.simplefilter("error", SolverWarning)  # a solve that stops early does something else
     results = list(_measure(arguments))
     console = Console(highlight=False)

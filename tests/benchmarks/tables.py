@@ -10,7 +10,7 @@ from rich.table import Table
 from tests.benchmarks.results import Peer, Product, Result, Step
 from tests.benchmarks.timing import Ratio
 
-WIDTH = 110
+WIDTH = 120
 """What the tables need."""
 
 
