@@ -3,16 +3,19 @@
 from mlodeco import errors, hypergrad, tree
 from mlodeco.api import (
     Program,
+    check,
     current_program,
     hypergradient,
     level,
     method,
     on,
     run,
+    source,
     validate,
 )
 from mlodeco.errors import MlodecoError, MlodecoWarning
 from mlodeco.runtime import Context, History, Result, Runner
+from mlodeco.show import Report
 
 __version__ = "0.1.0"
 
@@ -22,9 +25,11 @@ __all__ = [
     "MlodecoError",
     "MlodecoWarning",
     "Program",
+    "Report",
     "Result",
     "Runner",
     "__version__",
+    "check",
     "current_program",
     "errors",
     "hypergrad",
@@ -33,6 +38,7 @@ __all__ = [
     "method",
     "on",
     "run",
+    "source",
     "tree",
     "validate",
 ]

@@ -5,24 +5,26 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
-from mlodeco.declare.records import UNSET, Unset
+from mlodeco.declare.records import UNSET, Refresh, Unset
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.hypergrad import describe
 from mlodeco.runtime import Accelerator, Result, Runner, build
+from mlodeco.runtime.checking import compare
 from mlodeco.runtime.functional import compute
 from mlodeco.runtime.runner import check_steps
-from mlodeco.show import Form, GraphView, make_display
+from mlodeco.show import Form, GraphView, Report, make_display
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Program(Registry):
-    """A registry of levels, validations, hooks and methods that are run together.
+    """A registry of levels, sources, validations, hooks and methods that are run together.
 
     There is a default one; ``with Program() as p:`` makes another the current one, to which
     the module-level decorators then belong.
@@ -78,8 +80,19 @@ def _of_current(method: Callable[Concatenate[Program, P], R]) -> Callable[P, R]:
     return call
 
 
+class _Source(Protocol):
+    """``Program.source`` as a function: with parentheses and without."""
+
+    @overload
+    def __call__(self, name: str | None = None, refresh: Refresh = "step") -> Callable[[T], T]: ...
+
+    @overload
+    def __call__(self, name: T, refresh: Refresh = "step") -> T: ...
+
+
 level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
+source: _Source = _of_current(Program.source)  # type: ignore[assignment]
 validate = _of_current(Program.validate)
 method = _of_current(Program.method)
 
@@ -91,6 +104,7 @@ def run(
     seed: int | None = None,
     progress: Form = "auto",
     accelerator: Accelerator | None = None,
+    nested: bool = False,
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -105,6 +119,8 @@ def run(
             the graph or an earlier run has built stay as they are.
         progress: ``"auto"``, ``"live"``, ``"plain"`` or ``"off"``.
         accelerator: an Accelerator to use; default: a new one.
+        nested: hypergradients are the true derivatives through nested best responses, in place
+            of Eq. (2); see :func:`hypergradient`.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -115,7 +131,7 @@ def run(
     """
     check_steps(steps)
     display = make_display(progress)
-    runner = Runner(program or current_program(), seed=seed, accelerator=accelerator)
+    runner = Runner(program or current_program(), seed=seed, accelerator=accelerator, nested=nested)
     if display is not None:
         runner.listeners.append(display)
     return runner.run(steps)
@@ -127,6 +143,7 @@ def hypergradient(
     batches: Mapping[str, Any] | None = None,
     program: Program | None = None,
     hypergrad: Any | Unset = UNSET,
+    nested: bool = False,
 ) -> dict[str, Tensor]:
     """The total derivative of a level's loss in its own parameters; nothing is changed.
 
@@ -136,10 +153,17 @@ def hypergradient(
     Args:
         level: the level.
         batches: for levels, the batch to use (a list of ``accumulate`` batches where that is
-            above 1); others use that of the last step, else the first of a fresh iterator.
+            above 1), and for sources the item that every level reads; others use that of the
+            last step, else the first of a fresh iterator. A source with ``refresh="loop"``
+            gives all levels the item of the newest step among its readers'.
         program: the program; default: the current one.
         hypergrad: a method for every edge in place of those declared; None for the direct
             gradient alone.
+        nested: the true derivative where levels between respond through levels below them. Eq.
+            (2) takes the Hessian of a level with those below it held constant, which is exact
+            unless the level feeds back into them, as an upper level that they read. Needs
+            linear solvers that converge (CG, MINRES, GMRES, Dense); each product of a level's
+            solve makes solves of the levels below it, so that the cost multiplies with depth.
 
     Returns:
         A tensor for each parameter that the level optimizes, by its name and of its shape
@@ -149,5 +173,52 @@ def hypergradient(
         MlodecoError: the program or a batch does not fit.
     """
     return compute(
-        level, batches=batches, program=program or current_program(), hypergrad=hypergrad
+        level,
+        batches=batches,
+        program=program or current_program(),
+        hypergrad=hypergrad,
+        nested=nested,
     )
+
+
+def check(
+    level: str,
+    *,
+    batches: Mapping[str, Any] | None = None,
+    program: Program | None = None,
+    hypergrad: Any | Unset = UNSET,
+    damping: float | None = None,
+    nested: bool = False,
+) -> Report:
+    """Compares a level's hypergradient with a converged one, at the current parameters.
+
+    The reference solves ``(H + damping I) v = b`` on every edge to a tight tolerance: as a
+    matrix for up to 1024 parameters, else by GMRES or MINRES. Each edge is also checked by
+    itself, with the reference on all others. Nothing is changed. Dear: the reference may take
+    1500 Hessian products, and there is one sweep an edge and a few for the advice.
+
+    Args:
+        level: the level.
+        batches: as for :func:`hypergradient`.
+        program: the program; default: the current one.
+        hypergrad: a method for every edge in place of those declared.
+        damping: of the reference; default: on each edge that of its own method.
+        nested: also compare Eq. (2) itself, solved to convergence, with the true derivative
+            through nested best responses; see :func:`hypergradient`.
+
+    Returns:
+        Errors and cosines by edge and overall, and which knob to turn; ``print`` shows a table.
+
+    Raises:
+        MlodecoError: the program or a batch does not fit, or the level has no lower level to
+            differentiate through.
+    """
+    found = compare(
+        level,
+        batches=batches,
+        program=program or current_program(),
+        hypergrad=hypergrad,
+        damping=damping,
+        nested=nested,
+    )
+    return Report(found)

@@ -36,6 +36,7 @@ class MlodecoError(Exception):
         remedy: what to do about it.
         expected: what was expected, where ``found`` does not say it.
         level: the name of the level at fault.
+        source: the name of the source at fault.
         site: ``file:line`` of the function at fault.
     """
 
@@ -46,17 +47,20 @@ class MlodecoError(Exception):
         remedy: str,
         expected: str = "",
         level: str | None = None,
+        source: str | None = None,
         site: str | None = None,
     ) -> None:
         self.found = found
         self.expected = expected
         self.remedy = remedy
         self.level = level
+        self.source = source
         self.site = site
         super().__init__(self._message())
 
     def _message(self) -> str:
-        where = f"level {self.level!r}" if self.level is not None else ""
+        where = f"source {self.source!r}" if self.source is not None else ""
+        where = f"level {self.level!r}" if self.level is not None else where
         if self.site:
             where = f"{where} ({self.site})" if where else self.site
         lines = [f"{where}: {self.found}" if where else self.found]

@@ -31,6 +31,8 @@ def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
 
 def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float = 1.0) -> Tree:
     """``left + factor * right``, over the union of the keys."""
+    if not left:
+        return scale(right, factor)
     both = [key for key in left if key in right]
     result = dict(left)
     if both:
@@ -58,8 +60,8 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _dot(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
-    parts = torch.stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs])
-    return float(parts.to(_wide(parts)).sum())
+    parts = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]
+    return float(sum(torch.stack(parts).tolist()))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -84,7 +86,20 @@ def norm(tree: Mapping[str, Tensor]) -> float:
 
 def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:
     parts = torch.stack(torch._foreach_norm(values, 2, dtype=dtype))
-    return float(torch.linalg.vector_norm(parts.to(_wide(parts))))
+    return math.hypot(*parts.tolist())
+
+
+def is_zero(tree: Mapping[str, Tensor]) -> bool:
+    """Whether all entries are zero; one that is not, among the last, settles it at once."""
+    for value in reversed(list(tree.values())):
+        if value.numel() and value[(-1,) * value.dim()] != 0.0:
+            return False
+    return norm(tree) == 0.0
+
+
+def epsilon(tree: Mapping[str, Tensor]) -> float:
+    """The relative rounding of sums over the entries: that of their coarsest dtype."""
+    return max(torch.finfo(_SINGLE.get(t.dtype, t.dtype)).eps for t in tree.values())
 
 
 def zeros_like(tree: Mapping[str, Tensor]) -> Tree:

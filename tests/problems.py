@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from mlodeco import Program
 
@@ -50,7 +52,12 @@ def bilevel(
         "low", module=low_module, data=[low_batch], reads={_third(low): "top"}, **options
     )(low)
     program.level(
-        "top", lower=["low"], module=top_module, data=[top_batch], reads={_third(top): "low"}
+        "top",
+        lower=["low"],
+        module=top_module,
+        data=[top_batch],
+        reads={_third(top): "low"},
+        optimizer=partial(SGD, lr=0.01),
     )(top)
     w, h = program.module("low"), program.module("top")
     return Problem(
@@ -78,6 +85,21 @@ def quadratic() -> Problem:
 
     modules = {"w": randn(20, seed=4)}, {"x": randn(10, seed=5)}
     return bilevel(low, top, *modules, randn(1), randn(20, seed=6))
+
+
+def half_read() -> Problem:
+    """The upper level reads one of two parameters that the lower loss couples."""
+    a, b = spd(20, 1, 0.2, 2.0), randn(20, 10, seed=2)
+
+    def low(m: Any, batch: Any, h: Any) -> Tensor:
+        w = torch.cat([m.u, m.v])
+        return w @ a @ w / 2 + w @ (b @ h.x)
+
+    def top(h: Any, batch: Any, m: Any) -> Tensor:
+        return ((m.u - batch) ** 2).sum() / 2 + (h.x**2).sum()
+
+    modules = {"u": randn(12, seed=3), "v": randn(8, seed=4)}, {"x": randn(10, seed=5)}
+    return bilevel(low, top, *modules, randn(1), randn(12, seed=6))
 
 
 def ridge_samples() -> Problem:
@@ -152,6 +174,7 @@ def classification(
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "quadratic": quadratic,
+    "half_read": half_read,
     "ridge_samples": ridge_samples,
     "ridge_decay": ridge_decay,
     "detached_weights": classification,

@@ -67,6 +67,18 @@ def krylov(steps: int, damping: float = 0.0) -> Solve:
     return solve
 
 
+def minimal_residual(steps: int, damping: float = 0.0) -> Solve:
+    """What MINRES and GMRES give after some steps: the smallest residual in the Krylov space."""
+
+    def solve(h: Tensor, b: Tensor) -> Tensor:
+        h = h + damping * torch.eye(len(h), dtype=h.dtype)
+        basis = torch.stack([torch.linalg.matrix_power(h, k) @ b for k in range(steps)], dim=1)
+        q, _ = torch.linalg.qr(basis)
+        return q @ torch.linalg.lstsq(h @ q, b[:, None]).solution[:, 0]
+
+    return solve
+
+
 def bilevel(
     top: Loss,
     low: Loss,

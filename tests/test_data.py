@@ -9,7 +9,14 @@ import numpy
 import pytest
 import torch
 from torch.optim import SGD
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 import mlodeco
 from mlodeco import Program, Runner
@@ -288,7 +295,7 @@ def streams():
     )
 
 
-@pytest.mark.parametrize("kind", ["global", "own", "sampler", "mapping"])
+@pytest.mark.parametrize("kind", ["global", "own", "sampler", "batch_sampler", "mapping"])
 def test_a_look_restores_loaders_and_random_numbers(kind):
     """The next iteration of the loader gives what it would have given."""
     own = generator(5)
@@ -297,6 +304,9 @@ def test_a_look_restores_loaders_and_random_numbers(kind):
         "own": lambda: DataLoader(Noisy(), batch_size=2, shuffle=True, generator=own),
         "sampler": lambda: DataLoader(
             Noisy(), batch_size=2, sampler=RandomSampler(range(4), generator=own)
+        ),
+        "batch_sampler": lambda: DataLoader(
+            Noisy(), batch_sampler=BatchSampler(RandomSampler(range(4), generator=own), 2, False)
         ),
         "mapping": lambda: DataLoader(Noisy(), batch_size=2, shuffle=True, generator=own),
     }[kind]()

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +199,8 @@ METHODS = {
     "dense_by_reverse": (Dense(product="reverse"), reference.exact),
     "identity": (Identity(), reference.scaled(1.0)),
     "identity_by_duals": (Identity(product="reverse_over_forward"), reference.scaled(1.0)),
+    "dense_forward": (Dense(product="forward"), reference.exact),
+    "identity_forward": (Identity(product="forward"), reference.scaled(1.0)),
 }
 
 
@@ -263,6 +266,32 @@ def test_operation_without_a_forward_rule_falls_back_once_and_says_so(product):
     assert all("reverse_over_forward" in m and "'reverse'" in m for m in messages)
     for one in found:
         assert relative(one, wanted) < 1e-9
+
+
+@pytest.mark.parametrize("product", ["forward", "reverse_over_forward"])
+@pytest.mark.parametrize("method", [Identity(), CG(), Dense()], ids=repr)
+def test_a_mode_asked_for_by_name_says_which_it_is_and_what_else_there_is(method, product):
+    problem = bilevel(sample_weighted, validation, Cubed(), weights(), (X, Y), (XV, YV))
+    with pytest.raises(NotImplementedError) as caught:
+        computed(problem, replace(method, product=product))
+    notes = " ".join(caught.value.__notes__)
+    assert f"in product='{product}' of level 'low' (test_facts.py:" in notes
+    assert "product='auto' takes another" in notes
+
+
+@pytest.mark.parametrize("product", ["reverse", "forward"])
+def test_a_missing_second_derivative_is_located(product):
+    def low(m, batch, h):
+        x, y = batch
+        return (h.s.sigmoid() * (Once.apply(x @ m.w) - y) ** 2).mean() + decay(m, 2.0)
+
+    def top(h, batch, m):
+        return ((batch[0] @ m.w - batch[1]) ** 2).mean()
+
+    problem = bilevel(low, top, {"w": 0.3 * randn(3, seed=1)}, weights(), (X, Y), (XV, YV))
+    with pytest.raises(RuntimeError) as caught:
+        computed(problem, CG(product=product))
+    assert f"in product='{product}' of level 'low'" in " ".join(caught.value.__notes__)
 
 
 class Once(torch.autograd.Function):

@@ -7,10 +7,13 @@ from torch import Tensor
 import mlodeco
 from mlodeco.hypergrad import (
     CG,
+    GMRES,
+    MINRES,
     Dense,
     FiniteDifference,
     Identity,
     Neumann,
+    Nystrom,
     Solution,
     Status,
 )
@@ -93,6 +96,9 @@ ROBUST = [
     Neumann(num_terms=4, step_size=1.0),
     CG(max_steps=4, rtol=0.0),
     CG(),
+    MINRES(),
+    GMRES(),
+    Nystrom(rank=9),
     Dense(),
 ]
 
@@ -122,7 +128,9 @@ def test_multiples_of_the_identity_are_hit_exactly_and_early(method, factor):
     found = computed(case, method)
     wanted = expected(case, reference.exact)
     assert torch.isfinite(found).all()
-    exact = isinstance(method, CG | Dense) or (isinstance(method, Neumann) and factor == 1.0)
+    exact = isinstance(method, CG | MINRES | GMRES | Dense) or (
+        isinstance(method, Neumann) and factor == 1.0
+    )
     if exact or (isinstance(method, Neumann) and method.step_size == "auto"):
         assert relative(found, wanted) < 1e-12
 

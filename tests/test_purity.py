@@ -11,11 +11,24 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mlodeco
 from mlodeco import Program
-from mlodeco.hypergrad import FiniteDifference, Identity
+from mlodeco.calculus.randomness import SavedRandomness, preserved_randomness
+from mlodeco.hypergrad import CG, FiniteDifference, Identity, Neumann
 from tests.problems import randn
 from tests.test_hypergrad_exact import relative
 
-METHODS = ["identity", "finite_difference", "neumann", "cg", "dense", None]
+METHODS = [
+    "identity",
+    "finite_difference",
+    "neumann",
+    "cg",
+    "minres",
+    "gmres",
+    "nystrom",
+    "dense",
+    CG(max_steps=3, product="forward", warm_start=True),
+    Neumann(curvature_batch=0.5, warm_start=True),
+    None,
+]
 
 
 def noisy_network(p=0.5):
@@ -112,7 +125,7 @@ def test_dropout_adds_no_noise_to_the_finite_difference():
     program, _ = noisy_program()
     program.module("model")
     exact = mlodeco.hypergradient("weights", program=program, hypergrad=Identity())["s"]
-    for product in ("reverse", "reverse_over_forward"):
+    for product in ("reverse", "reverse_over_forward", "forward"):
         other = mlodeco.hypergradient(
             "weights", program=program, hypergrad=Identity(product=product)
         )["s"]
@@ -126,7 +139,7 @@ def test_dropout_is_on_and_differs_between_steps():
     program, _ = noisy_program()
     runner = mlodeco.Runner(program, seed=0)
     runner.step()
-    batch = {name: level.last_batches[0] for name, level in runner.built.levels.items()}
+    batch = {name: level.last_batches[0].batch for name, level in runner.built.levels.items()}
     found = []
     for tick in (1, 2):
         runner.built.tick = tick
@@ -153,3 +166,31 @@ def test_generator_of_the_context_is_the_same_in_every_pass():
         mlodeco.hypergradient("top", program=program, hypergrad="dense")["x"] for _ in range(2)
     ]
     assert torch.equal(*dense)
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2, 700])
+@pytest.mark.parametrize("between", [0, 1, 2, 700])
+def test_numpys_stream_is_restored_however_it_moved(draws, between):
+    np.random.seed(0)
+    np.random.randn(draws)
+    for _ in range(2):
+        saved, before = SavedRandomness(), np.random.get_state(legacy=False)
+        np.random.randn(between)
+        with preserved_randomness():
+            np.random.randn(3)
+        saved.restore()
+        after = np.random.get_state(legacy=False)
+        assert str(after) == str(before)
+        assert np.array_equal(after["state"]["key"], before["state"]["key"])
+
+
+def test_numpys_stream_may_be_of_another_kind():
+    own = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        saved = SavedRandomness()
+        first = np.random.rand()
+        saved.restore()
+        assert np.random.rand() == first
+    finally:
+        np.random.set_bit_generator(own)

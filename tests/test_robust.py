@@ -23,6 +23,7 @@ from mlodeco.errors import (
 )
 from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity, Neumann, describe
 from mlodeco.runtime.build import build
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.tree import dot, norm
 from tests import reference
 from tests.problems import bilevel, network, quadratic, randn
@@ -44,14 +45,13 @@ def agrees(problem, method=None, solve=reference.exact, tolerance=1e-9):
 
 
 class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that runs while torch swaps the tensors."""
+    """Raises KeyboardInterrupt at the n-th line that runs while the tensors are swapped."""
 
     def __init__(self, after):
         self.left = after
 
     def __call__(self, frame, event, arg):
-        name = frame.f_code.co_filename
-        if not name.endswith(("nn/utils/stateless.py", "_named_member_accessor.py")):
+        if not frame.f_code.co_filename.endswith("calculus/slots.py"):
             return None
         if event == "line":
             self.left -= 1
@@ -224,7 +224,7 @@ def test_unchanged_modules_are_built_once_and_factories_never_again():
     problem = weighted(factory)
     first = build(problem.program)
     assert build(problem.program) is first
-    first.tick, first.run_seed, first.levels["low"].last_batches = 3, 5, ((X, Y),)
+    first.tick, first.run_seed, first.levels["low"].last_batches = 3, 5, (Drawn((X, Y)),)
     made[0][0].requires_grad_(False)
     second = build(problem.program)
     assert second is not first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,35 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from mlodeco.calculus.interception import Interception
+
+_is_on = False
+"""Whether :func:`second_derivatives` is in force; the switches behind it are global too."""
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Attention by the MATH backend, no fused encoder layer, compiled modules as written.
+
+    The flash and fused kernels have no derivative of their backward pass, and compiled graphs
+    would drop tangents without a word. Costs 20 microseconds, but nothing where it is in force
+    already: so a whole sweep enters it once.
+    """
+    global _is_on
+    if _is_on:
+        yield
+        return
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    _is_on = True
+    try:
+        with ExitStack() as stack:
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "torch._dynamo" in sys.modules:  # nothing is compiled without it
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        _is_on = False
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class Kernels:
@@ -27,30 +56,31 @@ class Kernels:
         self._has_rnn = any(isinstance(child, nn.RNNBase) for child in module.modules())
         self._has_weight_norm = any(map(_is_weight_normed, module.modules()))
 
-    @contextmanager
-    def differentiable(self) -> Iterator[None]:
-        """Attention by the MATH backend, no fused encoder layer, RNNs without cuDNN.
+    def differentiable(self) -> AbstractContextManager[None]:
+        """:func:`second_derivatives`, and RNNs without cuDNN, whose kernels have none."""
+        if _is_on and not self._has_rnn and not self._has_weight_norm:
+            return nullcontext()
+        return self._all()
 
-        The flash and fused kernels have no derivative of their backward pass. Compiled
-        modules run as written: their graphs would drop tangents without a word.
-        """
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        cudnn = torch.backends.cudnn.enabled
-        torch.backends.mha.set_fastpath_enabled(False)
-        if self._has_rnn and cudnn:
-            torch.backends.cudnn.enabled = False
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                if "torch._dynamo" in sys.modules:  # nothing is compiled without it
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-                if self._has_weight_norm:
-                    stack.enter_context(_ExactWeightNorm())
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            if self._has_rnn and cudnn:
-                torch.backends.cudnn.enabled = cudnn
+    @contextmanager
+    def _all(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(second_derivatives())
+            if self._has_rnn:
+                stack.enter_context(_without_cudnn())
+            if self._has_weight_norm:
+                stack.enter_context(_ExactWeightNorm())
+            yield
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    cudnn = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = cudnn
 
 
 def _is_weight_normed(module: nn.Module) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.optimizer_step import OptimizerStep
 from mlodeco.calculus.randomness import make_seed, seed_streams
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.tree import Tree
+
+Memory = Mapping[str, Tree]
+"""What a method keeps from one hypergradient of a run for the next, by names of its own."""
 
 
 @dataclass
@@ -34,7 +38,8 @@ class Point:
     """A level's loss at given parameters of all levels that it sees.
 
     The loss is the mean over the micro-batches in ``batches``. Every pass at one
-    point sees the same random numbers: those of ``seed``.
+    point sees the same random numbers: those of ``seed``. ``optimizer_step`` gives the next
+    step of the level's optimizer, for the methods that ask.
     """
 
     loss: StatelessLoss
@@ -43,6 +48,7 @@ class Point:
     seed: int
     generators: tuple[torch.Generator, ...] = ()
     decisions: Decisions = field(default_factory=Decisions)
+    optimizer_step: Callable[[], OptimizerStep] | None = None
 
     def losses(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The loss of each micro-batch in turn, with its metrics.
@@ -59,12 +65,13 @@ class LowerProblem:
     """The second derivatives of ``point`` that a method may ask for.
 
     ``level`` owns the parameters w of the solve; ``targets`` are the levels whose
-    parameters receive cross products.
+    parameters receive cross products; ``memory`` is what the method kept last time.
     """
 
     point: Point
     level: str
     targets: tuple[str, ...]
+    memory: Memory = field(default_factory=dict)
 
     @property
     def parameters(self) -> Tree:

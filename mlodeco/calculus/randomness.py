@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+
+from mlodeco.calculus import numpy_stream
 
 
 def make_seed(*parts: object) -> int:
@@ -35,8 +35,7 @@ class SavedRandomness:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self._python = random.getstate()
-        numpy = _numpy()
-        self._numpy = None if numpy is None else numpy.random.get_state()
+        self._numpy = numpy_stream.state()
 
     def restore(self) -> None:
         """Puts every stream back."""
@@ -44,9 +43,8 @@ class SavedRandomness:
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
         random.setstate(self._python)
-        numpy = _numpy()
-        if numpy is not None and self._numpy is not None:
-            numpy.random.set_state(self._numpy)
+        if self._numpy is not None:
+            numpy_stream.restore(self._numpy)
 
 
 def seed_streams(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
@@ -56,13 +54,6 @@ def seed_streams(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
     random.seed(seed)
-    numpy = _numpy()
-    if numpy is not None:
-        numpy.random.seed(seed & 0xFFFFFFFF)
+    numpy_stream.seed(seed & 0xFFFFFFFF)
     for generator in generators:
         generator.manual_seed(seed)
-
-
-def _numpy() -> Any:
-    """NumPy if somebody has imported it: mlodeco itself does not need it."""
-    return sys.modules.get("numpy")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from mlodeco.calculus.point import LowerProblem
+import torch
+
+from mlodeco.calculus.point import LowerProblem, Memory
 from mlodeco.calculus.products import Cross
 from mlodeco.tree import Tree
 
@@ -22,6 +24,7 @@ class Status(Enum):
     )
     INDEFINITE = "met a direction without positive curvature: add damping, or use another method"
     SINGULAR = "the system is singular, solved in the least-squares sense: add damping"
+    NOT_FINITE = "met a product with the Hessian that is not finite"
 
     @property
     def is_trouble(self) -> bool:
@@ -45,13 +48,23 @@ class Solution:
     residual: float | None
     status: Status
 
+    @staticmethod
+    def lost(b: Tree, steps: int) -> Solution:
+        """What is left where a product is not finite: no numbers, which the sweep reports."""
+        value = {key: torch.full_like(part, torch.nan) for key, part in b.items()}
+        return Solution(value, steps, None, Status.NOT_FINITE)
+
 
 @dataclass(frozen=True)
 class Response:
-    """The solution v of the linear system and the cross products ``(dg/dlambda)^T v``."""
+    """The solution v of the linear system and the cross products ``(dg/dlambda)^T v``.
+
+    ``memory`` is handed to the method at the next hypergradient of a run.
+    """
 
     cross: Cross
     solution: Solution
+    memory: Memory = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mlodeco.calculus.kernels import Kernels
+from mlodeco.calculus.slots import Slot, State, call_swapped
 from mlodeco.errors import LossError, MlodecoError, NonFiniteError
 from mlodeco.tree import Tree
 
@@ -61,56 +60,6 @@ class LevelModule(nn.Module):
         return self._function(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One place that holds a tensor.
-
-    Attributes:
-        key: its name, unique in the level module.
-        holder: the ``_parameters`` or ``_buffers`` of the module that has it.
-        name: its name there.
-        owner: the level that optimizes it and its name there; None for a constant.
-        child: the identity of the module that has it.
-    """
-
-    key: str
-    holder: dict[str, Tensor | None]
-    name: str
-    owner: tuple[str, str] | None
-    child: int
-
-    @property
-    def current(self) -> Tensor | None:
-        """What stands there; the holder of a scripted module is no full mapping."""
-        if self.name not in self.holder:
-            return None
-        return self.holder[self.name]
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor that it holds now."""
-        value = self.holder[self.name]
-        if value is None:
-            raise KeyError(self.key)
-        return value
-
-
-class _Scope(nn.Module):
-    """Runs any function while the slots of a level module are swapped."""
-
-    def __init__(self, level: LevelModule) -> None:
-        super().__init__()
-        self.level = level
-
-    def forward(self, function: Callable[[], T]) -> T:
-        """Calls the function."""
-        return function()
-
-
-State = dict[str, Tensor]
-"""Tensors for the slots of one level module, by slot key."""
-
-
 class StatelessLoss:
     """A level's loss ``C(values; items)`` with nothing hidden.
 
@@ -135,12 +84,11 @@ class StatelessLoss:
         self.level = level
         self.site = site
         self.module = module
-        self._scope = _Scope(module)
         self._kernels = Kernels(module)
         self._children = tuple(module.modules())
         self._parameters: list[Slot] = []
         self._buffers: list[Slot] = []
-        for prefix, child in self._scope.named_modules():
+        for prefix, child in module.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, parameter in child._parameters.items():
                 if parameter is not None:
@@ -192,20 +140,8 @@ class StatelessLoss:
         user's modules again from there. Buffers of ``state`` may be updated by it.
         On leaving, slots and train/eval modes are as they were.
         """
-        before = [(slot, slot.current) for slot in self._slots]
-        modes = [(child, child.training) for child in self._children]
-        try:
-            with self._kernels.differentiable():
-                result: T = functional_call(self._scope, state, (function,), tie_weights=False)
-            return result
-        finally:
-            # functional_call leaves its tensors behind where an interrupt meets its swap
-            for slot, tensor in before:
-                if slot.current is not tensor:
-                    slot.holder[slot.name] = tensor
-            for child, mode in modes:
-                if child.training is not mode:
-                    child.training = mode
+        with self._kernels.differentiable():
+            return call_swapped(self._slots, self._children, state, function)
 
     def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Calls the user's function as things are, and checks what it returns.
@@ -287,7 +223,7 @@ def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, A
         raise refuse(
             f"the loss has dtype {loss.dtype}.", "compute the loss in floating point numbers."
         )
-    return loss.reshape(()), metrics
+    return (loss.reshape(()) if loss.dim() else loss), metrics
 
 
 def require_finite(loss: Tensor, level: str, site: str) -> float:
@@ -317,6 +253,15 @@ def live(tree: Mapping[str, Tensor]) -> Tree:
 def frozen(tree: Mapping[str, Tensor]) -> Tree:
     """The same tensors without gradients."""
     return {key: value.detach() for key, value in tree.items()}
+
+
+def gradients(output: Tensor, trees: Mapping[K, Tree]) -> dict[K, Tree]:
+    """The gradient of one output in several trees at once; missing keys are zero."""
+    inputs = {(name, key): tensor for name, tree in trees.items() for key, tensor in tree.items()}
+    found: dict[K, Tree] = {name: {} for name in trees}
+    for (name, key), value in gradient(output, inputs).items():
+        found[name][key] = value
+    return found
 
 
 def gradient(

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlodeco.calculus.point import LowerProblem, Point
+from mlodeco.calculus.kernels import second_derivatives
+from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.response import Method, Solution
-from mlodeco.calculus.stateless import State, gradient, live, require_finite
+from mlodeco.calculus.slots import State
+from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.errors import NonFiniteError
 from mlodeco.graph import SweepPlan
 from mlodeco.tree import Tree, add, norm, scale
+
+Memories = Mapping[tuple[str, int], Memory]
+"""What the methods of one top level's sweep keep: by level and number of its solve."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Hypergradient:
         metrics: what the loss function returned beside it, for the last micro-batch.
         solves: the linear solves made, in their order.
         state: the tensors of the top level's slots after its pass, updated buffers included.
+        memories: what the methods keep for the next hypergradient of this level.
     """
 
     gradient: Tree
@@ -49,12 +55,15 @@ class Hypergradient:
     metrics: dict[str, Any]
     solves: tuple[Solve, ...]
     state: State
+    memories: Memories
 
 
+@second_derivatives()
 def sweep(
     plan: SweepPlan,
     points: Mapping[str, Point],
     methods: Mapping[tuple[str, str], Method],
+    memories: Memories | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``plan.top`` at the points given.
 
@@ -62,6 +71,7 @@ def sweep(
         plan: the visits, uppers first.
         points: the loss of the top level and of each level visited.
         methods: for each edge (upper, lower) how the lower level is differentiated.
+        memories: what the methods kept at the last hypergradient of this level.
 
     Raises:
         LossError: a loss function returned no scalar loss.
@@ -73,15 +83,21 @@ def sweep(
     for low in plan.lowers:
         pending.add(low, methods[plan.top, low], first.cotangents.get(low, {}), 1.0)
     solves: list[Solve] = []
+    kept: dict[tuple[str, int], Memory] = {}
     for visit in plan.visits:
         targets = (*visit.lowers, *((plan.top,) if visit.feeds_top else ()))
-        for method, cotangent in pending.of(visit.level):
-            problem = LowerProblem(points[visit.level], visit.level, targets)
+        for number, (method, cotangent) in enumerate(pending.of(visit.level)):
+            key = visit.level, number
+            memory = (memories or {}).get(key, {})
+            problem = LowerProblem(points[visit.level], visit.level, targets, memory)
             _require_finite_tree(cotangent, problem, "the cotangent that reaches the level")
             response = method.respond(problem, cotangent)
             what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
-            _require_finite_tree(response.solution.value, problem, what)
+            value = response.solution.value
+            fresh = {key: t for key, t in value.items() if t is not cotangent.get(key)}
+            _require_finite_tree(fresh, problem, what)
             solves.append(Solve(visit.level, method, response.solution))
+            kept[key] = response.memory
             for target, tree in response.cross.items():
                 what = f"the second derivative towards level {target!r}"
                 _require_finite_tree(tree, problem, what)
@@ -95,6 +111,7 @@ def sweep(
         metrics=first.metrics,
         solves=tuple(solves),
         state=first.state,
+        memories=kept,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from mlodeco.declare.records import RESERVED, Function, LevelDeclaration
+from mlodeco.declare.records import RESERVED, Function, LevelDeclaration, SourceDeclaration
 from mlodeco.declare.site import Site
 from mlodeco.errors import BindingError, closest, did_you_mean, quoted
 
@@ -23,6 +23,7 @@ class Role(Enum):
     CONTEXT = "the step's context"
     FIELD = "a part of the batch"
     DATA = "the item of a loader"
+    SOURCE = "the item of a source"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,19 @@ class Binding:
         """The arguments with one of the roles."""
         return tuple(argument for argument in self.arguments if argument.role in roles)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources whose items the function takes."""
+        return tuple(dict.fromkeys(argument.target for argument in self.of(Role.SOURCE)))
+
+
+@dataclass(frozen=True)
+class BoundSource:
+    """A source and the levels whose modules its function takes."""
+
+    declaration: SourceDeclaration
+    levels: tuple[str, ...]
+
 
 def parameters_of(function: Function) -> list[inspect.Parameter]:
     """The named parameters; ``*args`` and ``**kwargs`` receive nothing."""
@@ -53,25 +67,27 @@ def parameters_of(function: Function) -> list[inspect.Parameter]:
     return [parameter for parameter in parameters if parameter.kind not in _VARIADIC]
 
 
-def bind(declaration: LevelDeclaration, levels: Collection[str]) -> Binding:
-    """Binds a level function's arguments to levels, batch, context, fields and data.
+def bind(
+    declaration: LevelDeclaration, levels: Collection[str], sources: Collection[str] = ()
+) -> Binding:
+    """Binds a level function's arguments to levels, batch, context, fields, data and sources.
 
     Raises:
         BindingError: an argument names nothing, or two things share a name.
     """
-    _refuse_shared_names(declaration, levels)
+    _refuse_shared_names(declaration, levels, sources)
     arguments: list[Argument] = []
     parameters = parameters_of(declaration.function)
     names = {parameter.name for parameter in parameters}
-    _refuse_unknown_reads(declaration, names, levels)
-    own_is_named = declaration.name in names
+    _refuse_unknown_reads(declaration, names, levels, sources)
+    own_is_named = declaration.name in names - set(declaration.argument_reads)
     left_out = ""
     for position, parameter in enumerate(parameters):
-        found = _role(declaration, parameter.name, levels)
+        found = _role(declaration, parameter.name, levels, sources)
         if found is None and position == 0 and not own_is_named:
             found = (Role.OWN, declaration.name)
         if found is None:
-            _refuse_unmatched(declaration, parameter, names, levels)
+            _refuse_unmatched(declaration, parameter, names, (*levels, *sources))
             left_out = parameter.name
             continue
         role, target = found
@@ -90,11 +106,30 @@ def bind(declaration: LevelDeclaration, levels: Collection[str]) -> Binding:
     return Binding(tuple(arguments), reads)
 
 
+def bind_source(declaration: SourceDeclaration, levels: Collection[str]) -> BoundSource:
+    """Binds the arguments of a source's function to levels.
+
+    Raises:
+        BindingError: an argument names no level.
+    """
+    if not declaration.is_function:
+        return BoundSource(declaration, ())
+    reads = bind_offered(
+        declaration.value,
+        levels,
+        what="the function",
+        site=declaration.site,
+        source=declaration.name,
+    )
+    return BoundSource(declaration, reads)
+
+
 def _role(
-    declaration: LevelDeclaration, name: str, levels: Collection[str]
+    declaration: LevelDeclaration, name: str, levels: Collection[str], sources: Collection[str]
 ) -> tuple[Role, str] | None:
     if name in declaration.argument_reads:
-        return Role.LEVEL, declaration.argument_reads[name]
+        target = declaration.argument_reads[name]
+        return (Role.SOURCE if target in sources else Role.LEVEL), target
     if name == declaration.name:
         return Role.OWN, name
     if name == "batch":
@@ -107,27 +142,29 @@ def _role(
         return Role.DATA, name
     if name in levels:
         return Role.LEVEL, name
+    if name in sources:
+        return Role.SOURCE, name
     return None
 
 
-def _known_names(declaration: LevelDeclaration, levels: Collection[str]) -> list[str]:
-    return [*levels, *declaration.fields, *declaration.data_keys, *RESERVED]
+def _known_names(declaration: LevelDeclaration, shared: Collection[str]) -> list[str]:
+    return [*shared, *declaration.fields, *declaration.data_keys, *RESERVED]
 
 
 def _refuse_unmatched(
     declaration: LevelDeclaration,
     parameter: inspect.Parameter,
     arguments: Collection[str],
-    levels: Collection[str],
+    shared: Collection[str],
 ) -> None:
-    known = _known_names(declaration, levels)
+    known = _known_names(declaration, shared)
     if parameter.default is not inspect.Parameter.empty:
         free = [n for n in known if n != declaration.name and n not in arguments]
         resembles = closest(parameter.name, free, cutoff=0.8)
         if resembles is None:
             return
         raise BindingError(
-            f"argument {parameter.name!r} names no level, field or loader, and resembles "
+            f"argument {parameter.name!r} names no level, source, field or loader, and resembles "
             f"{resembles!r}.",
             remedy="correct it, or give an option of your own a name that differs more."
             f"{did_you_mean(parameter.name, [resembles])}",
@@ -135,7 +172,7 @@ def _refuse_unmatched(
             site=str(declaration.site),
         )
     raise BindingError(
-        f"argument {parameter.name!r} names no level, field or loader.",
+        f"argument {parameter.name!r} names no level, source, field or loader.",
         expected=f"one of {quoted(known)}; the level's own module is the first argument or named "
         f"{declaration.name!r}.",
         remedy="rename the argument, declare a level of that name, map it by "
@@ -147,7 +184,10 @@ def _refuse_unmatched(
 
 
 def _refuse_unknown_reads(
-    declaration: LevelDeclaration, arguments: Collection[str], levels: Collection[str]
+    declaration: LevelDeclaration,
+    arguments: Collection[str],
+    levels: Collection[str],
+    sources: Collection[str],
 ) -> None:
     for argument in declaration.argument_reads:
         if argument not in arguments:
@@ -159,22 +199,36 @@ def _refuse_unknown_reads(
                 level=declaration.name,
                 site=str(declaration.site),
             )
-    for name in (*declaration.argument_reads.values(), *declaration.extra_reads):
+    for name in declaration.extra_reads:
+        if name in sources:
+            raise BindingError(
+                f"reads= names the source {name!r}.",
+                expected="an argument of the function: a source's item is nowhere else.",
+                remedy=f"take {name!r} as an argument, or map one by "
+                f"reads={{'argument': {name!r}}}.",
+                level=declaration.name,
+                site=str(declaration.site),
+            )
+    read = (name for name in declaration.argument_reads.values() if name not in sources)
+    for name in (*read, *declaration.extra_reads):
         if name == declaration.name or name not in levels:
             what = "the level itself" if name == declaration.name else "an unknown level"
             raise BindingError(
                 f"reads= names {name!r}, {what}.",
                 expected=f"another level: {quoted(n for n in levels if n != declaration.name)}.",
-                remedy=f"name a declared level.{did_you_mean(name, levels)}",
+                remedy=f"name a declared level.{did_you_mean(name, (*levels, *sources))}",
                 level=declaration.name,
                 site=str(declaration.site),
             )
 
 
-def _refuse_shared_names(declaration: LevelDeclaration, levels: Collection[str]) -> None:
+def _refuse_shared_names(
+    declaration: LevelDeclaration, levels: Collection[str], sources: Collection[str]
+) -> None:
     for what, names in (("field", declaration.fields), ("loader", declaration.data_keys)):
         for name in names:
             clash = "a level" if name in levels else "reserved" if name in RESERVED else ""
+            clash = "a source" if name in sources else clash
             if name in declaration.fields and name in declaration.data_keys:
                 clash = "a field and a loader at once"
             if clash:
@@ -187,9 +241,9 @@ def _refuse_shared_names(declaration: LevelDeclaration, levels: Collection[str])
 
 
 def bind_offered(
-    function: Function, offered: Iterable[str], *, what: str, site: Site
+    function: Function, offered: Iterable[str], *, what: str, site: Site, source: str | None = None
 ) -> tuple[str, ...]:
-    """The names, among those offered, that a hook or validation asks for.
+    """The names, among those offered, that a hook, validation or source asks for.
 
     Raises:
         BindingError: it asks for something that is not offered.
@@ -208,6 +262,7 @@ def bind_offered(
                 f"{what} asks for {parameter.name!r}, which is not offered to it.",
                 expected=f"any of {quoted(known)}.",
                 remedy=f"rename or remove the argument.{did_you_mean(parameter.name, known)}",
+                source=source,
                 site=str(site),
             )
     return tuple(wanted)

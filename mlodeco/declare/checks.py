@@ -16,15 +16,23 @@ from mlodeco.errors import DeclarationError, did_you_mean, quoted
 class Checker:
     """Checks the options of one declaration; every message names its place."""
 
-    def __init__(self, what: str, level: str | None, site: Site) -> None:
+    def __init__(
+        self, what: str, level: str | None, site: Site, *, source: str | None = None
+    ) -> None:
         self._what = what
         self._level = level
+        self._source = source
         self._site = str(site)
 
     def error(self, found: str, *, remedy: str, expected: str = "") -> DeclarationError:
         """The error, located."""
         return DeclarationError(
-            found, remedy=remedy, expected=expected, level=self._level, site=self._site
+            found,
+            remedy=remedy,
+            expected=expected,
+            level=self._level,
+            source=self._source,
+            site=self._site,
         )
 
     def count(self, option: str, value: object, *, least: int) -> int:
@@ -115,8 +123,8 @@ class Checker:
             remedy=f"correct or remove it.{did_you_mean(option, names)}",
         )
 
-    def function(self, function: object) -> None:
-        """Refuses what cannot be called as a plain function."""
+    def function(self, function: object, *, may_yield: bool = False) -> None:
+        """Refuses what cannot be called as a plain function, or as one that yields."""
         if not callable(function):
             raise self.error(
                 f"{self._what} decorates {function!r}, which is not a function.",
@@ -133,7 +141,7 @@ class Checker:
                 f"{self._what} decorates an async function.",
                 remedy="write it as a plain function (def, not async def).",
             )
-        if inspect.isgeneratorfunction(plain):
+        if inspect.isgeneratorfunction(plain) and not may_yield:
             raise self.error(
                 f"{self._what} decorates a generator function.",
                 remedy="return the result instead of yielding it.",

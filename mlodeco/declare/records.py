@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from mlodeco.declare.site import Site
 
 Function = Callable[..., Any]
 
 RESERVED: Final = ("batch", "ctx")
-"""Argument names that are never levels."""
+"""Argument names that are never levels or sources."""
+
+Refresh = Literal["step", "loop"]
+"""When a source gives its next item: at each reader's step, or once the highest had its turn."""
 
 
 class Unset(Enum):
@@ -52,6 +55,27 @@ class LevelDeclaration:
     def data_keys(self) -> tuple[str, ...]:
         """The names under which the items of several loaders are read."""
         return tuple(self.data) if isinstance(self.data, Mapping) else ()
+
+
+@dataclass(frozen=True, eq=False)
+class SourceDeclaration:
+    """Items that levels read by name, from a function of levels or from an object."""
+
+    name: str
+    value: Any
+    site: Site
+    refresh: Refresh
+
+    @property
+    def is_function(self) -> bool:
+        """Whether a pass is begun by calling it; otherwise it is an object to iterate over."""
+        kind = type(self.value)
+        return callable(self.value) and not hasattr(kind, "__iter__") and not self.is_one_shot
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether it is an iterator, whose items come once."""
+        return hasattr(type(self.value), "__next__")
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,17 @@ from mlodeco.declare.records import (
     HookDeclaration,
     LevelDeclaration,
     MethodDeclaration,
+    Refresh,
+    SourceDeclaration,
     Unset,
     ValidationDeclaration,
 )
 from mlodeco.declare.site import Site, locate
+from mlodeco.declare.sources import declare_source
 from mlodeco.errors import GraphError, RedeclarationWarning, RunError
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 Event = Literal[
     "run_start",
@@ -64,7 +68,7 @@ _current: ContextVar[Registry | None] = ContextVar("mlodeco_program", default=No
 
 
 class Registry:
-    """What a program declares: levels, hooks, validations and methods.
+    """What a program declares: levels, sources, hooks, validations and methods.
 
     A declaration is checked whole before it is recorded, so one that fails
     leaves no trace. ``version`` grows with each that succeeds.
@@ -75,6 +79,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.levels: dict[str, LevelDeclaration] = {}
+        self.sources: dict[str, SourceDeclaration] = {}
         self.hooks: list[HookDeclaration] = []
         self.validations: list[ValidationDeclaration] = []
         self.methods: dict[str, MethodDeclaration] = {}
@@ -189,6 +194,49 @@ class Registry:
 
         _refuse_bare("@level", name, "name", "@level('name', module=..., ...)")
         return decorate
+
+    @overload
+    def source(
+        self, name: str | None = None, refresh: Refresh = "step", **unknown: Never
+    ) -> Callable[[T], T]: ...
+
+    @overload
+    def source(self, name: T, refresh: Refresh = "step", **unknown: Never) -> T: ...
+
+    def source(self, name: Any = None, refresh: Refresh = "step", **unknown: Never) -> Any:
+        """Declares what gives items that levels read by an argument of its name.
+
+        It decorates a generator function, or any function that returns an iterator, or is
+        applied to an object, ``source("task")(tasks)``: an iterator or something that can be
+        iterated over again and again. Returns what it was given, unchanged.
+
+        The function may take levels by name and receives their modules. It runs under
+        ``torch.no_grad``, and the train/eval modes of these modules are restored after each
+        item. What it reads makes no edges. When its iterator ends it is called again.
+
+        A generator cannot be continued in another process; an object with ``state_dict`` and
+        ``load_state_dict`` can.
+
+        Args:
+            name: the source's name; default: the function's.
+            refresh: ``"step"``: each own step of a level that reads the source takes a new
+                item from the one stream, one for each of its ``accumulate`` micro-batches.
+                ``"loop"``: all readers see one item until the highest of them, above which
+                no other reader stands, has had its turn (with several highest: each of them);
+                the next reader's step then takes a new one.
+            **unknown: refused.
+
+        Raises:
+            DeclarationError: an option cannot be right, or the name is taken.
+        """
+        is_bare = name is not None and not isinstance(name, str)
+
+        def decorate(value: T) -> T:
+            declaration, check = declare_source(value, None if is_bare else name, refresh, unknown)
+            self._add_source(declaration, check)
+            return value
+
+        return decorate(name) if is_bare else decorate
 
     def on(
         self, event: Event, level: str | None = None, every: int = 1, **unknown: Never
@@ -384,8 +432,33 @@ class Registry:
                     remedy="leave monitor= out of one of them.",
                 )
 
+    def _add_source(self, declaration: SourceDeclaration, check: Checker) -> None:
+        name = declaration.name
+        level, taken = self.levels.get(name), self.sources.get(name)
+        if level is not None:
+            raise check.error(
+                f"the source has the name of the level {name!r}, declared at {level.site}.",
+                remedy="rename one of them: an argument of that name would be ambiguous.",
+            )
+        replaces = taken is not None and declaration.site.interactive and taken.site.interactive
+        if taken is not None and not replaces:
+            raise check.error(
+                f"the source {name!r} is declared twice, first at {taken.site}.",
+                remedy="rename one of them, or use a Program for each.",
+            )
+        if replaces:
+            _warn_of_replacement(f"source {name!r}", declaration.site)
+        self.sources[name] = declaration
+        self.version += 1
+
     def _add_level(self, declaration: LevelDeclaration, check: Checker) -> None:
         name = declaration.name
+        source = self.sources.get(name)
+        if source is not None:
+            raise check.error(
+                f"the level has the name of the source {name!r}, declared at {source.site}.",
+                remedy="rename one of them: an argument of that name would be ambiguous.",
+            )
         taken = self.levels.get(name)
         replaces = taken is not None and declaration.site.interactive and taken.site.interactive
         if taken is not None and not replaces:

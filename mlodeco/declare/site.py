@@ -48,6 +48,21 @@ def underlying(function: Callable[..., Any]) -> Any:
             return function
 
 
+def locate_call(name: str) -> Site:
+    """The place outside the library from which it was called, for what has no code of its own."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_back is not None and _is_ours(frame.f_globals):
+        frame = frame.f_back
+    if frame is None:
+        return Site("?", 0, "?", name)
+    module = str(frame.f_globals.get("__name__", "?"))
+    return Site(frame.f_code.co_filename, frame.f_lineno, module, name)
+
+
+def _is_ours(namespace: dict[str, Any]) -> bool:
+    return str(namespace.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
+
+
 def locate(function: Callable[..., Any]) -> Site:
     """The site of ``function``; unknown parts are ``?`` and 0."""
     plain = underlying(function)

@@ -8,17 +8,26 @@ derivative, a method returns ``v`` near ``H^-1 b`` and ``cross^T v``.
 
 from mlodeco.calculus.response import Method, Response, Solution, Status
 from mlodeco.hypergrad.cg import CG
+from mlodeco.hypergrad.converged import Converged
 from mlodeco.hypergrad.custom import Custom
 from mlodeco.hypergrad.dense import Dense
 from mlodeco.hypergrad.finite_difference import FiniteDifference
+from mlodeco.hypergrad.gmres import GMRES
 from mlodeco.hypergrad.identity import Identity
 from mlodeco.hypergrad.implicit import Implicit, MatVec
+from mlodeco.hypergrad.knobs import turned
+from mlodeco.hypergrad.minres import MINRES
 from mlodeco.hypergrad.neumann import Neumann
-from mlodeco.hypergrad.table import NAMES, describe, resolve
+from mlodeco.hypergrad.nystrom import Nystrom
+from mlodeco.hypergrad.sama import Sama
+from mlodeco.hypergrad.table import NAMES, describe, resolve, spell
 
 __all__ = [
     "CG",
+    "GMRES",
+    "MINRES",
     "NAMES",
+    "Converged",
     "Custom",
     "Dense",
     "FiniteDifference",
@@ -27,9 +36,13 @@ __all__ = [
     "MatVec",
     "Method",
     "Neumann",
+    "Nystrom",
     "Response",
+    "Sama",
     "Solution",
     "Status",
     "describe",
     "resolve",
+    "spell",
+    "turned",
 ]

@@ -59,6 +59,8 @@ class Dense(Implicit):
         matrix = torch.stack([flatten(matvec(unflatten(e, b))) for e in basis], dim=1)
         eps = torch.finfo(vector.dtype).eps
         tolerance = max(eps, min(size * eps, _LARGEST_TOLERANCE))
+        if not bool(torch.isfinite(matrix).all()):
+            return Solution.lost(b, size)
         wide_matrix, wide_vector = _widened(matrix), _widened(vector)
         x, status = _solve(wide_matrix, wide_vector, tolerance)
         miss = torch.linalg.vector_norm(wide_vector - wide_matrix @ x)
@@ -74,8 +76,6 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _solve(matrix: Tensor, b: Tensor, tolerance: float) -> tuple[Tensor, Status]:
     """By LU, or by least squares where singular values are below the tolerance."""
-    if not bool(torch.isfinite(matrix).all()):
-        return torch.full_like(b, torch.nan), Status.SINGULAR
     sizes = torch.linalg.svdvals(matrix)
     if float(sizes[-1]) > tolerance * float(sizes[0]):
         return torch.linalg.solve(matrix, b), Status.CONVERGED

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
+from mlodeco.hypergrad.implicit import MatVec
 from mlodeco.hypergrad.options import Options, check_number, check_product
-from mlodeco.tree import Tree, norm, scale, zeros_like
+from mlodeco.tree import Tree, is_zero, scale, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class Identity(Options):
 
     Attributes:
         scale: in squared parameter per loss.
-        product: ``"auto"``, ``"reverse"``, ``"reverse_over_forward"`` or ``"difference"``.
+        product: ``"auto"``, ``"reverse"``, ``"reverse_over_forward"``, ``"forward"`` or
+            ``"difference"``.
 
     Reference:
         Luketina et al. 2016, arXiv:1511.06727.
@@ -39,9 +41,13 @@ class Identity(Options):
         check_number(self, "scale", self.scale, positive=True)
         check_product(self, self.product)
 
+    def solve(self, matvec: MatVec, b: Tree) -> Solution:
+        """``scale * b``, for nested responses."""
+        return Solution(scale(b, self.scale), 0, None, Status.TRUNCATED)
+
     def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
         """Scales the cotangent and takes one cross product."""
-        if norm(cotangent) == 0.0:
+        if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
         v = scale(cotangent, self.scale)
         cross = open_curvature(problem, self.product).cross(v)

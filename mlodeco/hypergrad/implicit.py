@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.point import LowerProblem, Memory
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.hypergrad.options import Options, check_number, check_product
-from mlodeco.tree import Tree, add, norm, restrict, zeros_like
+from mlodeco.calculus.subbatch import take_part
+from mlodeco.hypergrad.options import Options, check_fraction, check_number, check_product
+from mlodeco.tree import Tree, add, fill, is_zero, restrict, zeros_like
 
 MatVec = Callable[[Tree], Tree]
 """The product with the (damped) Hessian; takes and returns a tree shaped like b."""
@@ -24,14 +25,18 @@ class Implicit(Options, ABC):
 
     Attributes:
         product: how second derivatives are taken: ``"auto"``, ``"reverse"``,
-            ``"reverse_over_forward"`` (cross products; Hessian products in reverse) or
-            ``"difference"``.
+            ``"reverse_over_forward"`` (cross products; Hessian products in reverse),
+            ``"forward"`` or ``"difference"``. The last two give ``J v`` for ``J^T v``: another
+            thing where custom functions or hooks change the backward pass.
         damping: added to the diagonal of H, in units of loss per squared parameter. Weight
             decay that the optimizer applies is not in the loss: give it here.
+        curvature_batch: the fraction of each batch, its first samples, on which Hessian products
+            are taken, for speed and memory; cross products take the whole.
     """
 
     product: str = "auto"
     damping: float = 0.0
+    curvature_batch: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -41,26 +46,35 @@ class Implicit(Options, ABC):
         """
         check_product(self, self.product)
         check_number(self, "damping", self.damping, positive=False)
+        check_fraction(self, "curvature_batch", self.curvature_batch)
 
     @abstractmethod
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """An approximate solution of ``matvec(x) = b`` for b that is not zero."""
+
+    def proceed(self, matvec: MatVec, b: Tree, memory: Memory) -> tuple[Solution, Memory]:
+        """The solution, with the use of what was kept last time, and what to keep of it."""
+        return self.solve(matvec, b), {}
 
     def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
         """Solves for v and returns it with its cross products.
 
         Costs the products of the solver and one cross product; nothing for b = 0.
         """
-        if norm(cotangent) == 0.0:
+        if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, 0.0, Status.CONVERGED))
-        curvature = open_curvature(problem, self.product)
+        whole = part = open_curvature(problem, self.product)
+        if self.curvature_batch < 1.0:
+            point = take_part(problem.point, self.curvature_batch)
+            part = open_curvature(replace(problem, point=point, targets=()), self.product)
 
         def matvec(x: Tree) -> Tree:
-            product = curvature.hvp(x)
+            product = part.hvp(x)
             return add(product, x, self.damping) if self.damping else product
 
-        b = restrict(cotangent, curvature.touched())
-        if norm(b) == 0.0:
+        # zeros where only the lower loss reaches: the inverse fills them
+        b = fill(cotangent, restrict(problem.parameters, part.touched()))
+        if is_zero(b):
             return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
-        solution = self.solve(matvec, b)
-        return Response(curvature.cross(solution.value), solution)
+        solution, memory = self.proceed(matvec, b, problem.memory)
+        return Response(whole.cross(solution.value), solution, memory)

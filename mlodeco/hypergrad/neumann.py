@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
-from mlodeco.hypergrad.options import check_count, check_number
+from mlodeco.hypergrad.options import check_count, check_flag, check_number
+from mlodeco.hypergrad.warm_start import begin, fits
 from mlodeco.tree import Tree, add, dot, norm, scale
 
 _HALVINGS = 10
@@ -29,15 +31,21 @@ class Neumann(Implicit):
     Converges to ``H^-1 b`` as terms are added if ``0 < a * eig(H) < 2``; for a fixed number
     of terms it damps directions whose curvature is below ``1 / (a * num_terms)``. H need not
     be symmetric. Cost: ``num_terms - 1`` Hessian products and one cross product; with
-    ``step_size="auto"`` also ``power_steps`` Hessian products, and if a term overshoots the
-    series begins anew with half the step, at most ten times: rarely, since the estimate is
-    seldom too small by half.
+    ``step_size="auto"`` also ``power_steps`` Hessian products, in a run at the first
+    hypergradient only and one at each later one, and if a term overshoots the series begins
+    anew with half the step, at most ten times: rarely, since the estimate is seldom too small
+    by half.
 
     Attributes:
         num_terms: how many terms are summed; 1 is ``v = a b``.
         step_size: a, in squared parameter per loss; ``"auto"`` takes one over the largest
-            curvature that power iteration started at b finds, halved while terms overshoot.
-        power_steps: Hessian products spent on ``step_size="auto"``.
+            curvature that power iteration started at b finds, halved while terms overshoot;
+            in a run the iteration goes on where the last hypergradient left it.
+        power_steps: Hessian products spent on ``step_size="auto"`` at first.
+        warm_start: in a run, sum the series for what the last solution leaves of b, and add
+            it to that: with ``x`` the multiple of the last solution of smallest residual,
+            ``v = x + a * sum_k (I - a H)^k (b - H x)``, where that residual is below ``|b|``.
+            Costs one Hessian product more.
 
     The solution's residual is the size of the last term relative to the first.
 
@@ -48,6 +56,7 @@ class Neumann(Implicit):
     num_terms: int = 5
     step_size: float | Literal["auto"] = "auto"
     power_steps: int = 5
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -58,14 +67,36 @@ class Neumann(Implicit):
         super().__post_init__()
         check_count(self, "num_terms", self.num_terms)
         check_count(self, "power_steps", self.power_steps)
+        check_flag(self, "warm_start", self.warm_start)
         if self.step_size != "auto":
             check_number(self, "step_size", self.step_size, positive=True)
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Sums the series."""
+        return self.proceed(matvec, b, {})[0]
+
+    def proceed(self, matvec: MatVec, b: Tree, memory: Memory) -> tuple[Solution, Memory]:
+        """Sums the series with the step, and for what the solution, of ``memory`` leaves."""
+        kept: dict[str, Tree] = {}
+        curvature = 0.0
+        if self.step_size == "auto":
+            curvature, kept["direction"] = self._power(matvec, b, memory.get("direction"))
+        start = begin(matvec, b, memory.get("solution")) if self.warm_start else None
+        if start is None:
+            solution = self._series(matvec, b, curvature)
+        elif start.remaining == 0.0:
+            solution = Solution(start.value, 0, 0.0, Status.CONVERGED)
+        else:
+            solution = start.finish(self._series(matvec, start.rest, curvature))
+        if self.warm_start:
+            kept["solution"] = solution.value
+        return solution, kept
+
+    def _series(self, matvec: MatVec, b: Tree, curvature: float) -> Solution:
+        """With the step set, else one over the curvature, halved while terms overshoot."""
         if self.step_size != "auto":
             return self._sum(_terms(matvec, b, self.step_size), self.step_size)
-        step = self._estimate_step(matvec, b)
+        step = 1.0 / curvature if curvature > 0.0 else 1.0
         for _ in range(_HALVINGS):
             try:
                 return self._sum(_refuse_overshoot(_terms(matvec, b, step)), step)
@@ -78,21 +109,25 @@ class Neumann(Implicit):
         for term in islice(terms, self.num_terms - 1):
             total = add(total, term)
         last = norm(term) / norm(first)
-        status = Status.DIVERGING if last > _GROWTH else Status.TRUNCATED
+        status = Status.TRUNCATED if last <= _GROWTH else Status.DIVERGING
         return Solution(scale(total, step), self.num_terms, last, status)
 
-    def _estimate_step(self, matvec: MatVec, b: Tree) -> float:
-        """One over the largest curvature met in the Krylov space of b, the only one that counts."""
-        direction = b
-        size = norm(b)
+    def _power(self, matvec: MatVec, b: Tree, previous: Tree | None) -> tuple[float, Tree]:
+        """The largest curvature met, and the direction reached.
+
+        Begun in the Krylov space of b, the only one that counts.
+        """
+        is_known = fits(previous, b)
+        direction = {k: previous[k].to(v) for k, v in b.items()} if previous and is_known else b
+        size = norm(direction)
         curvature = 0.0
-        for _ in range(self.power_steps):
+        for _ in range(1 if is_known else self.power_steps):
+            if size == 0.0:
+                break
             direction = matvec(scale(direction, 1.0 / size))
             size = norm(direction)
             curvature = max(curvature, size)
-            if size == 0.0:
-                break
-        return 1.0 / curvature if curvature > 0.0 else 1.0
+        return curvature, direction if size > 0.0 else b
 
 
 def _terms(matvec: MatVec, b: Tree, step: float) -> Iterator[Tree]:

@@ -55,6 +55,27 @@ def check_number(method: object, option: str, value: object, *, positive: bool) 
     )
 
 
+def check_flag(method: object, option: str, value: object) -> None:
+    """Refuses what is not True or False."""
+    if not isinstance(value, bool):
+        raise MethodError(
+            f"{type(method).__name__}({option}={value!r}).",
+            expected="True or False.",
+            remedy=f"set {option}=True or {option}=False.",
+        )
+
+
+def check_fraction(method: object, option: str, value: object) -> None:
+    """Refuses what is not a number above zero and at most one."""
+    check_number(method, option, value, positive=True)
+    if value > 1:  # type: ignore[operator]
+        raise MethodError(
+            f"{type(method).__name__}({option}={value!r}).",
+            expected="a number above zero and at most one.",
+            remedy=f"set {option}=1.0 for the whole, or less for a part.",
+        )
+
+
 def check_product(method: object, value: object) -> None:
     """Refuses what is not the name of a product mode."""
     if value not in PRODUCTS:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 from mlodeco.calculus.response import Method
 from mlodeco.errors import MethodError, did_you_mean, quoted
 from mlodeco.hypergrad.cg import CG
+from mlodeco.hypergrad.converged import Converged
 from mlodeco.hypergrad.custom import Custom
 from mlodeco.hypergrad.dense import Dense
 from mlodeco.hypergrad.finite_difference import FiniteDifference
+from mlodeco.hypergrad.gmres import GMRES
 from mlodeco.hypergrad.identity import Identity
+from mlodeco.hypergrad.minres import MINRES
 from mlodeco.hypergrad.neumann import Neumann
+from mlodeco.hypergrad.nystrom import Nystrom
+from mlodeco.hypergrad.sama import Sama
 
 NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "identity": Identity,
@@ -22,13 +28,31 @@ NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "darts": FiniteDifference,
     "neumann": Neumann,
     "cg": CG,
+    "minres": MINRES,
+    "gmres": GMRES,
+    "nystrom": Nystrom,
+    "sama": Sama,
     "dense": Dense,
+    "converged": Converged,
 }
 
 
 def describe(method: Method) -> str:
     """The method's name for people: the one it was registered under, else its class's."""
     return method.name if isinstance(method, Custom) else type(method).__name__
+
+
+def spell(method: Method) -> str:
+    """The method as it would be written, with the options that are not the default."""
+    record: Any = method
+    if isinstance(record, Custom) or not is_dataclass(record):
+        return describe(method)
+    options = [
+        f"{field.name}={getattr(record, field.name)!r}"
+        for field in fields(record)
+        if getattr(record, field.name) != field.default
+    ]
+    return f"{type(method).__name__}({', '.join(options)})"
 
 
 def resolve(

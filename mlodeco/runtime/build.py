@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
-from mlodeco.declare.binding import Binding, Role, bind
+from mlodeco.declare.binding import Binding, BoundSource, Role, bind, bind_source
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import Registry, require_levels
 from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
-from mlodeco.graph import Graph, SweepPlan, plan_sweep
+from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep
 from mlodeco.hypergrad import NAMES, resolve
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
 from mlodeco.tree import Tree
 
@@ -36,7 +38,8 @@ class BuiltLevel:
     loss: StatelessLoss
     own_children: frozenset[int]
     decisions: Decisions = field(default_factory=Decisions)
-    last_batches: tuple[Any, ...] | None = None
+    last_batches: tuple[Drawn, ...] | None = None
+    optimizer: Optimizer | None = None
     is_probed: bool = False
     reported: set[Status] = field(default_factory=set)
 
@@ -60,14 +63,50 @@ class Build:
     graph: Graph
     methods: Methods
     custom: dict[str, Any]
+    sources: dict[str, BoundSource] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
     run_seed: int = 0
     tick: int = 0
     fingerprint: tuple[Any, ...] = ()
+    _plans: dict[str, SweepPlan] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The levels in the order in which a tick steps them."""
+        graph = self.graph
+        leaves = [name for name in graph.levels if not graph.lower[name]]
+        return (*leaves, *(name for name in graph.order if graph.lower[name]))
+
+    def readers(self, source: str) -> tuple[str, ...]:
+        """The levels that read a source."""
+        return tuple(n for n, level in self.levels.items() if source in level.binding.sources)
+
+    def is_kept(self, source: str) -> bool:
+        """Whether all readers of a source see one item until it has been used up."""
+        return self.sources[source].declaration.refresh == "loop"
+
+    def remember(self, name: str, drawn: tuple[Drawn, ...]) -> None:
+        """Records what a level's last step was computed on."""
+        self.levels[name].last_batches = drawn
+        items = drawn[-1].sources
+        self.kept.update({source: items[source] for source in items if self.is_kept(source)})
 
     def plan(self, top: str, methods: Methods | None = None) -> SweepPlan:
-        """The sweep for ``top`` under the methods given, else those of the program."""
+        """The sweep for ``top`` under the methods given, else, and kept, those of the program."""
+        if methods is not None:
+            return plan_sweep(self.graph, top, lambda upper, low: methods[upper, low] is not None)
+        if top not in self._plans:
+            self._plans[top] = self.plan(top, self.methods)
+        return self._plans[top]
+
+    def nest(self, top: str, methods: Methods | None = None) -> NestPlan:
+        """What responds to what under ``top``, for ``nested=True``.
+
+        Raises:
+            GraphError: two levels respond to each other through a level below both.
+        """
         chosen = self.methods if methods is None else methods
-        return plan_sweep(self.graph, top, lambda upper, low: chosen[upper, low] is not None)
+        return plan_nest(self.graph, top, lambda upper, low: chosen[upper, low] is not None)
 
     def reads_on_paths(self, name: str) -> tuple[str, ...]:
         """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""
@@ -126,7 +165,8 @@ def build(registry: Registry) -> Build:
     require_levels(registry)
     declarations = dict(registry.levels)
     _check_lower_names(declarations)
-    bindings = {name: bind(d, declarations) for name, d in declarations.items()}
+    bindings = {name: bind(d, declarations, registry.sources) for name, d in declarations.items()}
+    sources = {name: bind_source(d, declarations) for name, d in registry.sources.items()}
     same = {
         name: level
         for name, level in (current.levels if current else {}).items()
@@ -147,7 +187,7 @@ def build(registry: Registry) -> Build:
         own = frozenset(child for child, level in buffer_owner.items() if level == name)
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
         if name in same:
-            levels[name].last_batches = same[name].last_batches
+            levels[name].optimizer = same[name].optimizer
     reads = {
         name: dict.fromkeys(
             other for other in (*bindings[name].reads, *level.loss.sees) if other != name
@@ -156,14 +196,35 @@ def build(registry: Registry) -> Build:
     }
     graph = Graph(lower, reads)
     methods = _edge_methods(declarations, custom, graph)
-    result = Build(registry.version, levels, graph, methods, custom)
+    result = Build(registry.version, levels, graph, methods, custom, sources)
     result.fingerprint = _fingerprint(modules)
     if current is not None:
         result.run_seed, result.tick = current.run_seed, current.tick
+        _take_over_items(result, current, same)
     _warn_of_closed_paths(result)
     _warn_of_parameter_hooks(result)
+    _warn_of_unread_sources(result)
     registry.built = result
     return result
+
+
+def _take_over_items(built: Build, earlier: Build, same: Iterable[str]) -> None:
+    """Takes over the last batches of unchanged levels and the items of unchanged sources."""
+
+    def unchanged(items: Mapping[str, Any]) -> dict[str, Any]:
+        new, old = built.sources, earlier.sources
+        return {
+            name: item
+            for name, item in items.items()
+            if name in new and new[name].declaration is old[name].declaration
+        }
+
+    built.kept = unchanged(earlier.kept)
+    for name in same:
+        drawn = earlier.levels[name].last_batches
+        if drawn is not None:
+            kept = tuple(Drawn(one.batch, unchanged(one.sources)) for one in drawn)
+            built.levels[name].last_batches = kept
 
 
 def _fingerprint(modules: Mapping[str, nn.Module]) -> tuple[Any, ...]:
@@ -287,6 +348,17 @@ def _warn_of_parameter_hooks(built: Build) -> None:
                 f"level {name!r} ({level.site}): the hooks of {quoted(hooked)} do not act in "
                 "hypergradients. Remedy: put what they do into the function or into a hook of "
                 "the level, such as @on('after_backward').",
+                GraphWarning,
+                stacklevel=3,
+            )
+
+
+def _warn_of_unread_sources(built: Build) -> None:
+    for name, source in built.sources.items():
+        if not built.readers(name):
+            warnings.warn(
+                f"source {name!r} ({source.declaration.site}): no level reads it. Remedy: take "
+                f"{name!r} as an argument of a level's function, or remove the source.",
                 GraphWarning,
                 stacklevel=3,
             )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ from mlodeco.declare.binding import Role
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.errors import DataError, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.captured import captured_by
 from mlodeco.runtime.context import Context
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.notes import noted
 
 
@@ -186,38 +191,60 @@ def peek(declaration: LevelDeclaration, count: int) -> tuple[Any, ...]:
 
 @contextmanager
 def preserved_generators(data: Any) -> Iterator[None]:
-    """Restores the generators of loaders, and of their samplers, on leaving."""
-    found: list[tuple[torch.Generator, Tensor]] = []
+    """Restores the generators of loaders, of their samplers and of functions on leaving."""
+    undo: list[Callable[[], object]] = []
     pending = [data]
+    seen: set[int] = set()
     while pending:
         value = pending.pop()
-        if isinstance(value, Mapping):
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        restore = _restoring(value)
+        if restore is not None:
+            undo.append(restore)
+        elif isinstance(value, dict) or (value is data and isinstance(value, Mapping)):
             pending.extend(value.values())
-        elif isinstance(value, torch.Generator):
-            found.append((value, value.get_state()))
-        else:
-            names = ("generator", "sampler", "batch_sampler")
-            pending.extend(v for v in (_attribute(value, n) for n in names) if v is not None)
+        elif isinstance(value, partial | FunctionType | MethodType):
+            pending.extend(captured_by(value))
+        elif not isinstance(value, ModuleType | type):
+            pending.extend(_generators_of(value))
     try:
         yield
     finally:
-        for generator, state in found:
-            generator.set_state(state)
+        for restore in undo:
+            restore()
 
 
-def _attribute(value: Any, name: str) -> Any:
-    """An instance attribute; properties and tensors are not looked into."""
-    return vars(value).get(name) if hasattr(value, "__dict__") else None
+def _restoring(value: Any) -> Callable[[], object] | None:
+    """What puts a generator of random numbers back to its present state."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return partial(value.setstate, value.getstate())
+    if type(value).__module__.startswith("numpy.random"):
+        bits = getattr(value, "bit_generator", getattr(value, "_bit_generator", value))
+        if hasattr(bits, "random_raw"):
+            return partial(setattr, bits, "state", bits.state)
+    return None
 
 
-def items_for(level: BuiltLevel, batch: Any, ctx: Context) -> dict[str, Any]:
+def _generators_of(value: Any) -> list[Any]:
+    """Generators and samplers among the attributes; properties are not looked into."""
+    names = ("sampler", "batch_sampler")
+    attributes = vars(value) if hasattr(value, "__dict__") else {}
+    return [v for n, v in attributes.items() if n in names or _restoring(v) is not None]
+
+
+def items_for(level: BuiltLevel, drawn: Drawn, ctx: Context) -> dict[str, Any]:
     """The values of a level function's arguments that are not modules.
 
     Raises:
         DataError: the function wants a batch, field or item that is not there.
     """
     declaration = level.declaration
-    items: dict[str, Any] = {}
+    batch = drawn.batch
+    items: dict[str, Any] = {a.name: drawn.sources[a.target] for a in level.binding.of(Role.SOURCE)}
     for argument in level.binding.of(Role.BATCH, Role.FIELD, Role.DATA, Role.CONTEXT):
         if argument.role is Role.CONTEXT:
             items[argument.name] = ctx

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
+from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.randomness import make_seed, preserved_randomness
-from mlodeco.calculus.sweep import Hypergradient, sweep
+from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import device_of
+from mlodeco.runtime.optimizers import read_step
 
-Batches = Mapping[str, tuple[Any, ...]]
+Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
 
 ContextMaker = Callable[[str], Context]
@@ -32,6 +36,8 @@ def compute_hypergradient(
     *,
     rank: int = 0,
     methods: Methods | None = None,
+    memories: Memories | None = None,
+    nested: bool = False,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -47,11 +53,12 @@ def compute_hypergradient(
         make_context: a muted context for a level.
         rank: the process, for its random numbers.
         methods: methods in place of the program's own.
+        memories: what the methods kept at the last hypergradient of this level.
+        nested: the true derivative through nested best responses in place of Eq. (2).
     """
     chosen = built.methods if methods is None else methods
-    plan = built.plan(top, chosen)
+    involved = levels_involved(built, top, methods, nested=nested)
     with preserved_randomness(), torch.enable_grad():
-        involved = [top, *(visit.level for visit in plan.visits)]
         values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step)
@@ -62,10 +69,21 @@ def compute_hypergradient(
         for name in involved:
             probe(built, built.levels[name], points[name])
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
-        return sweep(plan, points, open_edges)
+        if nested:
+            return differentiate_nested(built.nest(top, methods), points, open_edges)
+        return sweep(built.plan(top, methods), points, open_edges, memories)
 
 
-def probe_level(built: Build, name: str, batch: Any, ctx: Context, rank: int) -> None:
+def levels_involved(
+    built: Build, top: str, methods: Methods | None, *, nested: bool
+) -> tuple[str, ...]:
+    """The levels whose losses a hypergradient needs, its own first."""
+    if nested:
+        return built.nest(top, methods).levels
+    return (top, *(visit.level for visit in built.plan(top, methods).visits))
+
+
+def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) -> None:
     """Looks at a level's loss before its first ordinary step."""
     level = built.levels[name]
     if level.is_probed:
@@ -141,7 +159,7 @@ def _warn_of_idle_reads(built: Build, level: BuiltLevel, declared: frozenset[str
 def _make_point(
     built: Build,
     name: str,
-    batches: tuple[Any, ...],
+    batches: tuple[Drawn, ...],
     ctx: Context,
     values: Mapping[str, Any],
     draw: tuple[int, str, int],
@@ -154,6 +172,7 @@ def _make_point(
         seed=make_seed(built.run_seed, built.tick, name, *draw),
         generators=(ctx.generator,),
         decisions=level.decisions,
+        optimizer_step=partial(read_step, level),
     )
 
 

@@ -22,6 +22,9 @@ class StepRecord:
         learning_rate: that of the optimizer's first group, at this step.
         metrics: what its function returned or logged beside the loss.
         solves: for each linear solve (level, method, steps, residual, status in words).
+        cosine: of the angle between the hypergradient and that of the level's last step; near
+            one for a steady direction, near zero or below for noise. None for levels without
+            lower levels and at the first step.
     """
 
     tick: int
@@ -32,6 +35,7 @@ class StepRecord:
     learning_rate: float
     metrics: dict[str, Any] = field(default_factory=dict)
     solves: tuple[tuple[str, str, int, float | None, str], ...] = ()
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class History:
         return [r.metrics[name] for r in self.validations if name in r.metrics]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The steps as flat dictionaries, for a table."""
+        """The steps as flat dictionaries, for a table.
+
+        ``solver_steps`` is the sum over the solves of a step, ``residual`` the largest.
+        """
         for record in self.steps:
             yield {
                 **record.metrics,
@@ -81,6 +88,9 @@ class History:
                 "loss": record.loss,
                 "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate,
+                "cosine": record.cosine,
+                "solver_steps": sum(solve[2] for solve in record.solves),
+                "residual": max((s[3] for s in record.solves if s[3] is not None), default=None),
             }
 
     def __len__(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -171,6 +172,38 @@ def find_owners(
 
 def _error(declaration: LevelDeclaration, found: str, remedy: str) -> ModuleError:
     return ModuleError(found, remedy=remedy, level=declaration.name, site=str(declaration.site))
+
+
+@contextmanager
+def preserved_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restores the train/eval modes of modules on leaving."""
+    modes = [(child, child.training) for child in _children(modules)]
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+@contextmanager
+def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restores the buffers of modules on leaving, also where new tensors were assigned."""
+    saved = [
+        (child._buffers, name, buffer, buffer.detach().clone())
+        for child in _children(modules)
+        for name, buffer in child._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for holder, name, buffer, value in saved:
+                holder[name] = buffer.copy_(value)
+
+
+def _children(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list({id(child): child for m in modules for child in m.modules()}.values())
 
 
 def device_of(module: nn.Module) -> torch.device:

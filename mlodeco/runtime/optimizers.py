@@ -8,12 +8,13 @@ from typing import Any
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mlodeco.calculus.optimizer_step import OptimizerStep
 from mlodeco.errors import OptimizerError, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.notes import noted
 
 
-def make_optimizer(level: BuiltLevel) -> Optimizer:
+def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
     """The level's optimizer; an instance is used as it is, a factory makes a new one.
 
     Raises:
@@ -23,7 +24,7 @@ def make_optimizer(level: BuiltLevel) -> Optimizer:
     if given is None:
         raise _error(
             level,
-            "the level has no optimizer, which a run needs.",
+            f"the level has no optimizer, which {wanted_by} needs.",
             "give optimizer=functools.partial(torch.optim.SGD, lr=0.1).",
         )
     if isinstance(given, Optimizer):
@@ -54,6 +55,28 @@ def make_optimizer(level: BuiltLevel) -> Optimizer:
         )
     _check_parameters(level, optimizer)
     return optimizer
+
+
+def read_step(level: BuiltLevel) -> OptimizerStep:
+    """The next step of the level's optimizer: that of the last run, else a fresh one.
+
+    Raises:
+        OptimizerError: the level has no optimizer.
+    """
+    optimizer = level.optimizer or make_optimizer(level, "Sama, which differentiates its step,")
+    names = {id(parameter): name for name, parameter in level.parameters.items()}
+    return OptimizerStep(
+        level=level.name,
+        site=level.site,
+        kind=type(optimizer),
+        options={
+            names[id(parameter)]: {k: v for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        },
+        state={names[id(p)]: state for p, state in optimizer.state.items()},
+        clip_norm=level.declaration.clip_norm,
+    )
 
 
 def make_scheduler(level: BuiltLevel, optimizer: Optimizer) -> LRScheduler | None:

@@ -20,10 +20,13 @@ from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import compute_hypergradient, muted_context, probe_level
+from mlodeco.runtime.functional import check_nested
 from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord, as_number
 from mlodeco.runtime.hooks import Hooks
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
 
@@ -79,6 +82,8 @@ class Runner:
         seed: seeds torch, ``random`` and NumPy, before modules are built. Without it
             their streams go on from where they are.
         accelerator: an Accelerator to use; default: a new one.
+        nested: hypergradients are the true derivatives through nested best responses, in place
+            of Eq. (2), which takes the levels below a mid-level as constants.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -90,6 +95,7 @@ class Runner:
         *,
         seed: int | None = None,
         accelerator: Accelerator | None = None,
+        nested: bool = False,
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -97,6 +103,8 @@ class Runner:
         self.history = History()
         self.listeners: list[Listener] = []
         self.tick = 0
+        check_nested(nested)
+        self._nested = nested
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
@@ -122,6 +130,9 @@ class Runner:
         hooks = Hooks(registry, self.built)
         validations = [Validation(d, self.built, place) for d in registry.validations]
         self._trainers = {n: Trainer(level, place) for n, level in self.built.levels.items()}
+        for trainer in self._trainers.values():
+            trainer.level.optimizer = trainer.optimizer
+        self._sources = Sources(self.built, place)
         self._hooks = hooks
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
@@ -178,10 +189,7 @@ class Runner:
         ``run_end``, which belong to :meth:`run`.
         """
         self.built.tick = self.tick + 1
-        graph = self.built.graph
-        leaves = [name for name in graph.levels if not graph.lower[name]]
-        uppers = [name for name in graph.order if graph.lower[name]]
-        for name in (*leaves, *uppers):
+        for name in self.built.turns:
             if name not in self._asked:
                 turned = self._take_turn(name)
                 self._asked[name] = turned
@@ -208,6 +216,7 @@ class Runner:
         for _ in range(self.built.levels[name].declaration.repeat):
             self._take_step(name)
         self._schedule.finish_turn(name)
+        self._sources.finish_turn(name)
         return True
 
     def _take_step(self, name: str) -> None:
@@ -219,17 +228,18 @@ class Runner:
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             if starts_loop:
                 trainer.begin_loop()
-            batches, ended = trainer.draw()
+            with self._sources.drawn(trainer.level) as items:
+                batches, ended = trainer.draw(items)
             ctx.epoch = trainer.epoch
             trainer.begin_step(ctx.generator)
-            self._fire("before_step", name, ctx, batch=batches[-1])
+            self._fire("before_step", name, ctx, batch=batches[-1].batch)
             found = self._differentiate(name, batches, ctx)
             extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
             norm = trainer.clip()
         rate, metrics = trainer.learning_rate, _numbers(found.metrics)
         trainer.apply()
-        trainer.level.last_batches = batches
+        self.built.remember(name, batches)
         self._schedule.finish_step(name)
         record = StepRecord(
             tick=self.built.tick,
@@ -249,6 +259,7 @@ class Runner:
                 )
                 for s in found.solves
             ),
+            cosine=found.cosine,
         )
         self._steps.append(record)
         self.history.steps.append(record)
@@ -266,12 +277,13 @@ class Runner:
             self._fire("loop_end", name, ctx)
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
-    def _differentiate(self, name: str, batches: tuple[Any, ...], ctx: Context) -> Gradients:
+    def _differentiate(self, name: str, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """Leaves ``.grad`` at the (hyper)gradient of the level at its current parameters."""
         trainer = self._trainers[name]
         rank = self._accelerator.process_index
         if not self.built.graph.lower[name]:
-            probe_level(self.built, name, batches[0], self._muted(name), rank)
+            if not trainer.level.is_probed:
+                probe_level(self.built, name, batches[0], self._muted(name), rank)
             return trainer.backward(batches, ctx)
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
@@ -282,19 +294,23 @@ class Runner:
             {**items, name: batches},
             lambda n: own if n == name else self._muted(n),
             rank=rank,
+            memories=trainer.memories,
+            nested=self._nested,
         )
         ctx.adopt(own)
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
-        found = Gradients(hyper.loss, hyper.metrics, hyper.solves)
+        trainer.memories = hyper.memories
+        cosine = trainer.turn_of(hyper.gradient)
+        found = Gradients(hyper.loss, hyper.metrics, hyper.solves, cosine)
         self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches, ctx))
         return found
 
     def _extras(
-        self, trainer: Trainer, found: Gradients, batches: tuple[Any, ...], ctx: Context
+        self, trainer: Trainer, found: Gradients, batches: tuple[Drawn, ...], ctx: Context
     ) -> dict[str, Any]:
         return {
-            "batch": batches[-1],
+            "batch": batches[-1].batch,
             "grads": trainer.gradients() if self._hooks.listens_to_gradients else {},
             "loss": found.loss,
             "metrics": {**found.metrics, **ctx.logged},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.randomness import SavedRandomness
-from mlodeco.calculus.stateless import State, require_finite
-from mlodeco.calculus.sweep import Solve
+from mlodeco.calculus.slots import Slot, State
+from mlodeco.calculus.stateless import require_finite
+from mlodeco.calculus.sweep import Memories, Solve
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.optimizers import make_optimizer, make_scheduler
+from mlodeco.tree import Tree, dot, norm
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Gradients:
     loss: float
     metrics: dict[str, Any]
     solves: tuple[Solve, ...] = ()
+    cosine: float | None = None
 
 
 class Trainer:
@@ -38,6 +42,8 @@ class Trainer:
         self.level = level
         self.optimizer = make_optimizer(level)
         self.scheduler = make_scheduler(level, self.optimizer)
+        self.memories: Memories = {}
+        self._last_hypergradient: Tree = {}
         self._feed = Feed(level.declaration)
         self._place = place
         self._snapshot: _Snapshot | None = None
@@ -59,25 +65,33 @@ class Trainer:
         """The optimizer's, in its first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def draw(self) -> tuple[tuple[Any, ...], bool]:
-        """The micro-batches of one step, and whether a pass over the data ended."""
-        drawn = [self._feed.advance() for _ in range(self.level.declaration.accumulate)]
-        return tuple(self._place(batch) for batch, _ in drawn), any(end for _, end in drawn)
+    def draw(self, sources: Sequence[Mapping[str, Any]]) -> tuple[tuple[Drawn, ...], bool]:
+        """The micro-batches of one step, and whether a pass over the data ended.
+
+        Args:
+            sources: for each micro-batch the items of the sources that the level reads.
+        """
+        drawn = [(*self._feed.advance(), items) for items in sources]
+        batches = tuple(Drawn(self._place(batch), items) for batch, _, items in drawn)
+        return batches, any(end for _, end, _ in drawn)
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Puts buffers, random numbers and ``.grad`` back if the block raises.
+        """Puts buffers, random numbers, ``.grad`` and the solvers' memories back on an error.
 
         Buffers of modules that belong to other levels are put back in any case: a
         level's buffers change by its own steps alone.
         """
         grads = [(p, p.grad) for p in self.level.parameters.values()]
-        own, foreign = _SavedBuffers(self.level, own=True), _SavedBuffers(self.level, own=False)
+        buffers = self.level.loss.buffers
+        own, foreign = (_SavedBuffers(self.level, buffers, own=own) for own in (True, False))
         randomness = SavedRandomness()
+        remembered = self.memories, self._last_hypergradient
         try:
             yield
         except BaseException:
             randomness.restore()
+            self.memories, self._last_hypergradient = remembered
             own.restore()
             for parameter, grad in grads:
                 parameter.grad = grad
@@ -85,7 +99,7 @@ class Trainer:
         finally:
             foreign.restore()
 
-    def backward(self, batches: tuple[Any, ...], ctx: Context) -> Gradients:
+    def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels."""
         parameters = list(self.level.parameters.values())
         for parameter in parameters:
@@ -110,6 +124,12 @@ class Trainer:
                 if slot.child in self.level.own_children:
                     slot.tensor.copy_(state[slot.key])
 
+    def turn_of(self, hypergradient: Tree) -> float | None:
+        """The cosine with the last hypergradient, which this one then replaces."""
+        last, self._last_hypergradient = self._last_hypergradient, hypergradient
+        sizes = norm(last) * norm(hypergradient)
+        return dot(last, hypergradient) / sizes if sizes > 0.0 else None
+
     def gradients(self) -> dict[str, Tensor]:
         """The present ``.grad`` by parameter name."""
         found = {name: p.grad for name, p in self.level.parameters.items()}
@@ -124,23 +144,22 @@ class Trainer:
         Raises:
             NonFiniteError: it is not finite.
         """
-        parameters = [p for p in self.level.parameters.values() if p.grad is not None]
         bound = self.level.declaration.clip_norm
-        grads = [p.grad for p in parameters if p.grad is not None]
-        size = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        norm = float(size)
-        if not math.isfinite(norm):
+        grads = self.gradients()
+        size = norm(grads)
+        if not math.isfinite(size):
             raise NonFiniteError(
-                f"the norm of the gradient is {norm}.",
+                f"the norm of the gradient is {size}.",
                 expected="a finite number.",
                 remedy="use a smaller learning rate or clip_norm=, or look for operations "
                 "whose derivative is infinite, such as sqrt at 0.",
                 level=self.level.name,
                 site=self.level.site,
             )
-        if bound is not None and norm > bound:
-            torch.nn.utils.clip_grads_with_norm_(parameters, bound, size)
-        return norm
+        if bound is not None and size > bound:
+            # as torch.nn.utils.clip_grad_norm_ does
+            torch._foreach_mul_(list(grads.values()), min(1.0, bound / (size + 1e-6)))
+        return size
 
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler."""
@@ -184,10 +203,10 @@ class Trainer:
 class _SavedBuffers:
     """The buffers that a level's loss sees, its own or those of other levels' modules."""
 
-    def __init__(self, level: BuiltLevel, *, own: bool) -> None:
+    def __init__(self, level: BuiltLevel, buffers: Iterable[Slot], *, own: bool) -> None:
         self._saved = [
             (slot, slot.tensor, slot.tensor.detach().clone())
-            for slot in level.loss.buffers
+            for slot in buffers
             if (slot.child in level.own_children) == own
         ]
 
@@ -204,7 +223,7 @@ class _Snapshot:
     def __init__(self, trainer: Trainer) -> None:
         level = trainer.level
         self._parameters = [(p, p.detach().clone()) for p in level.parameters.values()]
-        self._buffers = _SavedBuffers(level, own=True)
+        self._buffers = _SavedBuffers(level, level.loss.buffers, own=True)
         self._optimizer = copy.deepcopy(trainer.optimizer.state_dict())
         scheduler = trainer.scheduler
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())

@@ -17,6 +17,7 @@ from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Placer, Where, count_samples, open_source, preserved_generators
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.hooks import bind_validation
+from mlodeco.runtime.modules import preserved_modes
 
 
 class Validation:
@@ -37,16 +38,13 @@ class Validation:
 
     def run(self, ctx: Context) -> dict[str, float]:
         """The metrics now; modes, random numbers and gradients are as before afterwards."""
-        modes = {id(c): (c, c.training) for m in self._modules.values() for c in m.modules()}
-        try:
-            for child, _ in modes.values():
-                child.training = False
-            generators = preserved_generators(self.declaration.data)
+        generators = preserved_generators(self.declaration.data)
+        with preserved_modes(self._modules.values()):
+            for module in self._modules.values():
+                for child in module.modules():
+                    child.training = False
             with preserved_randomness(), generators, torch.no_grad():
                 return self._measure(ctx)
-        finally:
-            for child, training in modes.values():
-                child.training = training
 
     def _measure(self, ctx: Context) -> dict[str, float]:
         if self._source is None:

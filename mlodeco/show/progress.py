@@ -155,7 +155,7 @@ class LiveDisplay:
 
     def _render(self) -> RenderableType:
         table = Table(box=None, pad_edge=False)
-        for title in ("level", "step", "loss", "gradient", "rate", "solve"):
+        for title in ("level", "step", "loss", "gradient", "cosine", "rate", "solve"):
             table.add_column(title, justify="left" if title == "level" else "right")
         for name, record in list(self._latest.records.items()):
             cells = _cells(name, record)
@@ -177,6 +177,7 @@ def _cells(name: str, record: StepRecord) -> tuple[str, ...]:
         str(record.step),
         f"{record.loss:.4g}",
         f"{record.grad_norm:.2e}",
+        "" if record.cosine is None else f"{record.cosine:.2f}",
         f"{record.learning_rate:.2g}",
         solve,
     )

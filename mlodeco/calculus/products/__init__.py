@@ -10,6 +10,7 @@ held constant, and reads ``lambda``:
 
 from mlodeco.calculus.products.choice import PRODUCTS, open_curvature
 from mlodeco.calculus.products.difference import Difference
+from mlodeco.calculus.products.first_order import first_gradient
 from mlodeco.calculus.products.protocol import Cross, Curvature
 
-__all__ = ["PRODUCTS", "Cross", "Curvature", "Difference", "open_curvature"]
+__all__ = ["PRODUCTS", "Cross", "Curvature", "Difference", "first_gradient", "open_curvature"]

@@ -37,7 +37,7 @@ class Automatic:
     def touched(self) -> tuple[str, ...]:
         """The own parameters that the loss depends on."""
         modes: dict[str, Callable[[], tuple[str, ...]]] = {
-            "reverse": lambda: self._reverse.touched(),
+            "reverse": lambda: self._hessian_graph.touched(),
             "difference": lambda: self._difference.touched(),
         }
         return self._hessian_by(modes)
@@ -45,7 +45,7 @@ class Automatic:
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         """``reverse``, else ``difference``."""
         modes: dict[str, Callable[[], Tree]] = {
-            "reverse": lambda: self._reverse.hvp(v),
+            "reverse": lambda: self._hessian_graph.hvp(v),
             "difference": lambda: self._difference.hvp(v),
         }
         return self._hessian_by(modes)
@@ -57,7 +57,7 @@ class Automatic:
         """
         modes: dict[str, Callable[[], Cross]] = {
             "reverse_over_forward": lambda: cross_by_duals(self._problem, v),
-            "reverse": lambda: self._reverse.cross(v),
+            "reverse": lambda: self._full_graph.cross(v),
             "difference": lambda: self._difference.cross(v),
         }
         start = self._cross_mode
@@ -87,18 +87,14 @@ class Automatic:
         return "reverse_over_forward" if self._decisions.late[targets] else "reverse"
 
     @cached_property
-    def _hessian_graph(self) -> Reverse:
-        return Reverse(self._problem, with_targets=False)
-
-    @cached_property
     def _full_graph(self) -> Reverse:
         return Reverse(self._problem)
 
-    @property
-    def _reverse(self) -> Reverse:
+    @cached_property
+    def _hessian_graph(self) -> Reverse:
         if self._cross_mode == "reverse":
             return self._full_graph
-        return self._hessian_graph
+        return Reverse(self._problem, with_targets=False)
 
     @cached_property
     def _difference(self) -> Difference:

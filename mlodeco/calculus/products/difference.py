@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
-from mlodeco.calculus.stateless import gradient, live
+from mlodeco.calculus.stateless import gradients, live
 from mlodeco.tree import Tree, add, norm, restrict, scale
 
 
@@ -91,7 +91,6 @@ class Difference:
 
     def _gradient(self, own: Tree, targets: Cross) -> Cross:
         point = self._problem.point
-        inputs = {(level, key): t for level, tree in targets.items() for key, t in tree.items()}
         state = point.loss.state({**point.values, self._problem.level: own, **targets})
         share = 1.0 / len(point.batches)
 
@@ -100,8 +99,8 @@ class Difference:
             for loss, _ in point.losses():
                 if not loss.requires_grad:
                     continue
-                for (level, key), value in gradient(loss, inputs).items():
-                    result[level] = add(result[level], {key: value}, share)
+                for level, tree in gradients(loss, targets).items():
+                    result[level] = add(result[level], tree, share)
             return result
 
         return point.loss.within(state, differentiate)

@@ -54,19 +54,23 @@ class Reverse:
         Each graph is walked: a function may take another branch than before.
         """
         roots = [g.grad_fn for tree in gradients for g in tree.values()]
-        if any(node.name().endswith("::Error") for node in walk_graph(roots)):
+        if any(type(node).__name__ == "Error" for node in walk_graph(roots)):
             raise RuntimeError(
                 "a custom autograd function marked @once_differentiable has no second derivative"
             )
 
+    @cached_property
+    def _touched(self) -> Tree:
+        gradients = self._gradients
+        return {key: t for key, t in self._own.items() if any(key in g for g in gradients)}
+
     def touched(self) -> tuple[str, ...]:
         """The own parameters with a gradient in some micro-batch."""
-        return tuple(key for key in self._own if any(key in g for g in self._gradients))
+        return tuple(self._touched)
 
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         """One vjp through the graph of the gradient."""
-        own = {key: self._own[key] for key in self.touched()}
-        found = self._pull_back(v, own)
+        found = self._pull_back(v, self._touched)
         return {key: found[key] if key in found else v[key].new_zeros(v[key].shape) for key in v}
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:

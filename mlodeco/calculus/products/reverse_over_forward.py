@@ -15,15 +15,14 @@ from torch.autograd import forward_ad
 from mlodeco.calculus.forward_mode import NoGradStopsTangents
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
-from mlodeco.calculus.stateless import gradient, live
-from mlodeco.tree import add, scale
+from mlodeco.calculus.stateless import frozen, gradients, live
+from mlodeco.tree import add
 
 
 def cross_by_duals(problem: LowerProblem, v: Mapping[str, Tensor]) -> Cross:
     """``(dg/dlambda)^T v`` for each target: one dual forward pass, one gradient in lambda."""
     point = problem.point
     targets = {level: live(point.values[level]) for level in problem.targets}
-    inputs = {(level, key): t for level, tree in targets.items() for key, t in tree.items()}
     share = 1.0 / len(point.batches)
     with forward_ad.dual_level():
         own = {
@@ -43,8 +42,7 @@ def cross_by_duals(problem: LowerProblem, v: Mapping[str, Tensor]) -> Cross:
                 tangent = forward_ad.unpack_dual(item[0]).tangent
                 if tangent is None or not tangent.requires_grad:
                     continue
-                for (level, key), value in gradient(tangent, inputs).items():
-                    part = {key: value.detach()}
-                    result[level] = add(result[level], scale(part, share))
+                for level, tree in gradients(tangent, targets).items():
+                    result[level] = add(result[level], frozen(tree), share)
 
         return point.loss.within(state, differentiate)

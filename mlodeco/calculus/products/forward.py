@@ -1,0 +1,80 @@
+"""Forward over reverse: the gradient's own tangent, with no graph kept of it.
+
+The own parameters carry v as a tangent through the loss and its backward pass; the tangents
+of the gradients in w and lambda are the products. A pass a direction, and the memory of a
+first-order gradient with tangents.
+
+These are ``J v`` for J the Jacobian of the gradients in w, and in lambda, along w. They equal
+the transposed products of the other modes where the gradients are those of a scalar; where a
+hook or a custom function changes the backward pass they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mlodeco.calculus.forward_mode import NoGradStopsTangents
+from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products.first_order import first_gradient
+from mlodeco.calculus.products.protocol import Cross
+from mlodeco.calculus.stateless import gradient, live
+from mlodeco.tree import Tree, add
+
+
+class Forward:
+    """Products by dual numbers through the backward pass."""
+
+    def __init__(self, problem: LowerProblem) -> None:
+        self._problem = problem
+
+    def touched(self) -> tuple[str, ...]:
+        """Found by one gradient, at first use."""
+        decisions = self._problem.point.decisions
+        if decisions.touched is None:
+            return tuple(first_gradient(self._problem))
+        return tuple(key for key in self._problem.parameters if key in decisions.touched)
+
+    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
+        """One pass, with the gradient in w."""
+        level = self._problem.level
+        found = self._tangents(v, (level,))[level]
+        return {key: found[key] if key in found else v[key].new_zeros(v[key].shape) for key in v}
+
+    def cross(self, v: Mapping[str, Tensor]) -> Cross:
+        """One pass, with the gradient in lambda."""
+        return self._tangents(v, self._problem.targets)
+
+    def _tangents(self, v: Mapping[str, Tensor], wanted: tuple[str, ...]) -> Cross:
+        """The tangents of the gradients in the parameters of the levels wanted."""
+        problem, point = self._problem, self._problem.point
+        values = {**point.values, problem.level: problem.parameters}
+        leaves = {level: live(values[level]) for level in wanted}
+        share = 1.0 / len(point.batches)
+        with forward_ad.dual_level():
+            own = leaves.get(problem.level, problem.parameters)
+            duals = {
+                key: forward_ad.make_dual(value, v[key].detach()) if key in v else value
+                for key, value in own.items()
+            }
+            values = {**values, **leaves, problem.level: duals}
+            inputs = {(lv, key): t for lv in wanted for key, t in values[lv].items()}
+
+            def differentiate() -> Cross:
+                result: Cross = {level: {} for level in wanted}
+                losses = point.losses()
+                while True:
+                    with NoGradStopsTangents():
+                        item = next(losses, None)
+                    if item is None:
+                        return result
+                    if not item[0].requires_grad:
+                        continue
+                    for (level, key), value in gradient(item[0], inputs).items():
+                        tangent = forward_ad.unpack_dual(value).tangent
+                        if tangent is not None:
+                            result[level] = add(result[level], {key: tangent}, share)
+
+            return point.loss.within(point.loss.state(values), differentiate)

@@ -1,0 +1,298 @@
+"""How far a level's hypergradient is from the converged one, edge by edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlodeco.calculus.response import Method, Status
+from mlodeco.calculus.sweep import Hypergradient, Solve
+from mlodeco.declare.records import Unset
+from mlodeco.declare.registry import Registry
+from mlodeco.errors import RunError
+from mlodeco.graph import SweepPlan
+from mlodeco.hypergrad import Converged, Implicit, Neumann, spell, turned
+from mlodeco.runtime.build import Build, Methods
+from mlodeco.runtime.engine import Batches, compute_hypergradient, levels_involved, muted_context
+from mlodeco.runtime.functional import check_nested, find_batches, prepare
+from mlodeco.tree import Tree, add, dot, norm
+
+_RIGHT = 0.99
+"""The cosine from which on a direction counts as right."""
+
+_NEAR = 0.1
+"""The relative error up to which a hypergradient counts as right."""
+
+_SOLVED = 0.9
+"""The cosine from which on a method counts as solving its system."""
+
+_LADDER = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+"""Dampings that are tried, the easiest first."""
+
+_WORTH = 0.8
+"""A turn must leave less than this share of ``1 - cosine`` or of the error."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a vector x agrees with its reference r.
+
+    Attributes:
+        error: ``|x - r| / |r|``; None where r is zero and x is not.
+        cosine: of the angle between them; None where one of them is zero.
+        length: ``|x| / |r|``; None where r is zero.
+    """
+
+    error: float | None
+    cosine: float | None
+    length: float | None
+
+    @staticmethod
+    def between(found: Tree, reference: Tree) -> Agreement:
+        """Compares two trees."""
+        size, wanted = norm(found), norm(reference)
+        if wanted == 0.0:
+            return Agreement(0.0 if size == 0.0 else None, None, None)
+        error = norm(add(found, reference, -1.0)) / wanted
+        cosine = dot(found, reference) / size / wanted if size > 0.0 else None
+        return Agreement(error, cosine, size / wanted)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the direction is."""
+        return self.error == 0.0 or (self.cosine is not None and self.cosine >= _RIGHT)
+
+
+@dataclass(frozen=True)
+class EdgeCheck:
+    """One lower-to-upper edge with its own method, all others with the reference.
+
+    Attributes:
+        upper: the level that differentiates.
+        lower: the level through which it does.
+        method: its method, with the options that are not the default.
+        solve: its linear solve; None if the edge is closed.
+        agreement: of the indirect hypergradient.
+    """
+
+    upper: str
+    lower: str
+    method: str
+    solve: Solve | None
+    agreement: Agreement
+
+    @property
+    def name(self) -> str:
+        """``upper -> lower``."""
+        return f"{self.upper} -> {self.lower}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check found.
+
+    Attributes:
+        level: the level whose hypergradient was checked.
+        edges: each edge on a path, by itself.
+        indirect: the indirect hypergradient with all methods as they are.
+        overall: the whole hypergradient, the direct gradient included.
+        nested: Eq. (2) with converged solves against the true derivative through nested best
+            responses; None if it was not asked for.
+        references: the solves of the reference.
+        advice: which knob to turn.
+    """
+
+    level: str
+    edges: tuple[EdgeCheck, ...]
+    indirect: Agreement
+    overall: Agreement
+    nested: Agreement | None
+    references: tuple[Solve, ...]
+    advice: str
+
+
+def compare(
+    level: str,
+    *,
+    batches: Mapping[str, Any] | None,
+    program: Registry,
+    hypergrad: Any | Unset,
+    damping: float | None,
+    nested: bool,
+) -> Findings:
+    """Compares the methods of a level's sweep with converged ones; changes nothing."""
+    built, methods, given = prepare(level, batches, program, hypergrad)
+    reference = {
+        edge: Converged(damping=_damping_of(method) if damping is None else damping)
+        for edge, method in methods.items()
+    }
+    plan = built.plan(level, dict(reference))
+    edges = _edges_of(plan)
+    if not edges:
+        raise RunError(
+            f"level {level!r} has no lower level to differentiate through.",
+            expected="a level with a path through lower levels: see program.graph().",
+            remedy="check a level above others.",
+            level=level,
+            site=built.levels[level].site,
+        )
+    check_nested(nested)
+    involved = dict.fromkeys(levels_involved(built, level, dict(reference), nested=False))
+    if nested:
+        involved.update(dict.fromkeys(levels_involved(built, level, dict(reference), nested=True)))
+    items = find_batches(built, tuple(involved), given)
+    return _Checker(built, plan, items, methods, reference).findings(nested=nested)
+
+
+def _damping_of(method: Method | None) -> float:
+    return method.damping if isinstance(method, Implicit) else 0.0
+
+
+def _edges_of(plan: SweepPlan) -> list[tuple[str, str]]:
+    first = [(plan.top, low) for low in plan.lowers]
+    return first + [(visit.level, low) for visit in plan.visits for low in visit.lowers]
+
+
+class _Checker:
+    """Sweeps at one point, with the reference on some edges."""
+
+    def __init__(
+        self,
+        built: Build,
+        plan: SweepPlan,
+        batches: Batches,
+        methods: Methods,
+        reference: Mapping[tuple[str, str], Method | None],
+    ) -> None:
+        self._built = built
+        self._plan = plan
+        self._batches = batches
+        self._methods = methods
+        self._reference: Methods = dict(reference)
+        self._direct = self._sweep(dict.fromkeys(methods)).gradient
+        self._exact = self._sweep(self._reference)
+
+    def findings(self, *, nested: bool) -> Findings:
+        """Every edge by itself, all together, and what to turn."""
+        gap = self._gap_to_nested() if nested else None
+        edges = [self._check(edge, self._methods[edge]) for edge in _edges_of(self._plan)]
+        actual = self._sweep(self._methods)
+        return Findings(
+            level=self._plan.top,
+            edges=tuple(edges),
+            indirect=self._agreement(actual),
+            overall=Agreement.between(actual.gradient, self._exact.gradient),
+            nested=gap,
+            references=self._exact.solves,
+            advice=" ".join([self._advise(edges), *_advise_on_nested(gap), *self._doubts()]),
+        )
+
+    def _sweep(self, methods: Methods, *, nested: bool = False) -> Hypergradient:
+        built = self._built
+        return compute_hypergradient(
+            built,
+            self._plan.top,
+            self._batches,
+            lambda name: muted_context(built, name),
+            methods=methods,
+            nested=nested,
+        )
+
+    def _gap_to_nested(self) -> Agreement:
+        true = self._sweep(self._reference, nested=True)
+        return Agreement.between(self._exact.gradient, true.gradient)
+
+    def _agreement(self, found: Hypergradient) -> Agreement:
+        direct = self._direct
+        return Agreement.between(
+            add(found.gradient, direct, -1.0), add(self._exact.gradient, direct, -1.0)
+        )
+
+    def _check(self, edge: tuple[str, str], method: Method | None) -> EdgeCheck:
+        found = self._sweep({**self._reference, edge: method})
+        solve = next((s for s in found.solves if s.level == edge[1] and s.method is method), None)
+        name = "none (direct gradient only)" if method is None else spell(method)
+        return EdgeCheck(*edge, name, solve, self._agreement(found))
+
+    def _advise(self, edges: list[EdgeCheck]) -> str:
+        worst = min(edges, key=lambda e: (e.agreement.is_right, _quality(e.agreement)))
+        agreement = worst.agreement
+        if agreement.is_right and (agreement.error or 0.0) <= _NEAR:
+            return "Every edge agrees with its reference: no knob needs a turn."
+        if agreement.is_right:
+            return (
+                f"{worst.name}: {worst.method} has the right direction and {agreement.length:.2g} "
+                "times the right length: Adam does not mind; for SGD divide the level's learning "
+                "rate by that, or set the method's scale."
+            )
+        edge = worst.upper, worst.lower
+        method = self._methods[edge]
+        tried = [self._check(edge, other) for other in turned(method)] if method else []
+        better = [turn for turn in tried if _is_better(turn.agreement, agreement)]
+        if better:
+            best = max(better, key=lambda turn: _quality(turn.agreement))
+            return (
+                f"{worst.name}: use {best.method} in place of {worst.method}: the cosine goes from "
+                f"{_figure(agreement.cosine)} to {_figure(best.agreement.cosine)}, the relative "
+                f"error from {_figure(agreement.error)} to {_figure(best.agreement.error)}."
+            )
+        if method is None:
+            return f"{worst.name}: the edge is closed; set a method, such as hypergrad='neumann'."
+        names = ", ".join(turn.method for turn in tried) or "it has none"
+        return (
+            f"{worst.name}: no turn of a knob brings {worst.method} near (tried: {names}): the "
+            f"system is nearly singular, indefinite or large. {self._soften(edge, method)}"
+        )
+
+    def _soften(self, edge: tuple[str, str], method: Method) -> str:
+        """The least damping of a ladder at which the method solves its system."""
+        start = method if isinstance(method, Implicit) else Neumann()
+        found = ""
+        for damping in _LADDER:
+            if damping <= start.damping:
+                break
+            damped = replace(start, damping=damping)
+            easier = _Checker(
+                self._built,
+                self._plan,
+                self._batches,
+                {**self._methods, edge: damped},
+                {**self._reference, edge: Converged(damping=damping)},
+            )
+            turn = easier._check(edge, damped)
+            if (turn.agreement.cosine or 0.0) < _SOLVED:
+                break
+            found = f"{turn.method} solves a smoother one (cosine {_figure(turn.agreement.cosine)})"
+        return f"{found}." if found else "Solve the lower level further first."
+
+    def _doubts(self) -> list[str]:
+        """A sentence for each reference that is none."""
+        return [
+            f"The reference at {solve.level!r} is itself rough, with a residual of "
+            f"{_figure(solve.solution.residual)} after {solve.solution.steps} products: take its "
+            "figures as a sign, or pass damping= for a system that is easier."
+            for solve in self._exact.solves
+            if solve.solution.status is not Status.CONVERGED
+        ]
+
+
+def _advise_on_nested(gap: Agreement | None) -> list[str]:
+    if gap is None or gap.error is None or gap.error <= _NEAR:
+        return []
+    return [
+        f"Eq. (2) itself has a relative error of {_figure(gap.error)} against the true derivative "
+        f"(cosine {_figure(gap.cosine)}), however well it is solved: use nested=True."
+    ]
+
+
+def _quality(agreement: Agreement) -> float:
+    return 1.0 if agreement.error == 0.0 else (agreement.cosine or 0.0)
+
+
+def _is_better(new: Agreement, old: Agreement) -> bool:
+    return 1.0 - _quality(new) < _WORTH * (1.0 - _quality(old))
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2g}"
