@@ -32,10 +32,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class Agreement:
-    """mlodeco beside the loop, at the same point in float64.
+    """mlodeco beside the loop.
 
     Attributes:
-        error: of mlodeco's hypergradient, relative to the loop's.
+        error: of mlodeco's hypergradient at the same point in float64, relative to the loop's.
         library: the passes of a tick of mlodeco.
         loop: the passes of a tick of the loop.
     """
@@ -67,11 +67,13 @@ def difference(found: Tensor, reference: Tensor) -> float:
 
 
 def observe(name: str, workload: str, method: str) -> tuple[Tensor, Passes]:
-    """A side's first hypergradient, in float64, and the passes of its second tick."""
-    case = make(workload, double=True)
+    """A side's first hypergradient, in float64, and the passes of its second tick, in float32."""
+    double = make(workload, double=True)
+    make_side(name, workload, method, double).tick()
+    found = [p.grad.flatten() for p in double.upper.parameters() if p.grad is not None]
+    case = make(workload)
     side = make_side(name, workload, method, case)
     side.tick()
-    found = [p.grad.flatten() for p in case.upper.parameters() if p.grad is not None]
     with counted(case) as passes:
         side.tick()
     return torch.cat(found), passes

@@ -25,6 +25,8 @@ class Case:
         upper_loss: of (upper, batch, lower).
         lower_batches: used in turn, without end.
         upper_batches: likewise.
+        damping: for conjugate gradients: large enough against negative curvature, and small
+            enough that they use all their steps.
     """
 
     lower: nn.Module
@@ -33,6 +35,7 @@ class Case:
     upper_loss: Loss
     lower_batches: list[Batch]
     upper_batches: list[Batch]
+    damping: float
 
     def lower_optimizer(self, parameters: Any) -> Optimizer:
         """The same on every side."""

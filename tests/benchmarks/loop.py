@@ -134,7 +134,7 @@ def neumann(loop: Loop, b: Tensors, *, terms: int, step: float) -> Tensors:
     return loop.cross(graph, list(torch._foreach_mul(total, step)))
 
 
-def cg(loop: Loop, b: Tensors, *, steps: int, damping: float) -> Tensors:
+def cg(loop: Loop, b: Tensors, *, steps: int) -> Tensors:
     """Conjugate gradients on ``(H + damping I) v = b`` from zero."""
     graph = loop.gradient_graph()
     v = [torch.zeros_like(part) for part in b]
@@ -142,7 +142,7 @@ def cg(loop: Loop, b: Tensors, *, steps: int, damping: float) -> Tensors:
     squared = dot(b, b)
     for _ in range(steps):
         product = torch.autograd.grad(graph, loop.own, direction, retain_graph=True)
-        product = torch._foreach_add(product, direction, alpha=damping)
+        product = torch._foreach_add(product, direction, alpha=loop.case.damping)
         curvature = dot(direction, product)
         if curvature <= 0.0:
             break

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from tests.benchmarks.case import Batch, Case, Loss, Side, Ticks
 from tests.benchmarks.loop import radius
-from tests.benchmarks.methods import CG_STEPS, DAMPING, STEP, TERMS
+from tests.benchmarks.methods import CG_STEPS, STEP, TERMS
 
 Tensors = list[Tensor]
 
@@ -130,7 +130,7 @@ class Hypertorch(_Functional):
         elif method == "neumann":
             self._solve, self._count = hypergrad.neumann, TERMS - 1
         elif method == "cg":
-            self._solve, self._count, self._damping = hypergrad.CG, CG_STEPS, DAMPING
+            self._solve, self._count, self._damping = hypergrad.CG, CG_STEPS, case.damping
         else:
             raise UnsupportedError
 
@@ -166,7 +166,7 @@ class TorchOpt(_Functional):
                 ns=True, maxiter=TERMS - 1, alpha=STEP
             ),
             "cg": lambda: torchopt.linear_solve.solve_cg(
-                maxiter=CG_STEPS, rtol=0.0, atol=0.0, ridge=DAMPING
+                maxiter=CG_STEPS, rtol=0.0, atol=0.0, ridge=case.damping
             ),
         }
         if method not in solvers:

@@ -24,5 +24,5 @@ def make_side(name: str, workload: str, method: str, case: Case) -> Side:
     if name == LOOP:
         return Loop(case, METHODS[method].tail, late=workload in workloads.LATE)
     if name == LIBRARY:
-        return Library(case, METHODS[method].library)
+        return Library(case, METHODS[method].library(case))
     return PEERS[name](case, method)

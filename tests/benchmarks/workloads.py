@@ -48,7 +48,13 @@ def mlp(batch: int = 100) -> Case:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     return Case(
-        model, WeightNet(), weighted, clean, _batches(batch, 784), _batches(batch, 784, seed=1)
+        model,
+        WeightNet(),
+        weighted,
+        clean,
+        _batches(batch, 784),
+        _batches(batch, 784, seed=1),
+        damping=0.3,
     )
 
 
@@ -95,6 +101,7 @@ def resnet(batch: int = 64) -> Case:
         clean,
         _batches(batch, *shape),
         _batches(batch, *shape, seed=1),
+        damping=10.0,
     )
 
 
@@ -146,6 +153,7 @@ def early(batch: int = 64) -> Case:
         mixed_upper,
         _batches(batch, *shape),
         _batches(batch, *shape, seed=1),
+        damping=10.0,
     )
 
 
