@@ -1,4 +1,4 @@
-"""The methods that are measured: one line each, as mlodeco's record and as a hand-written tail."""
+"""The methods that are measured: one entry each, as mlodeco's record and as a hand-written tail."""
 
 from __future__ import annotations
 
