@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 BLOCK_S = 0.4
-"""A block lasts at least this long."""
+"""About how long a block of the slowest side lasts; it has two ticks at least."""
 
 
 @dataclass(frozen=True)
