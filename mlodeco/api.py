@@ -163,7 +163,9 @@ def hypergradient(
             (2) takes the Hessian of a level with those below it held constant, which is exact
             unless the level feeds back into them, as an upper level that they read. Needs
             linear solvers that converge (CG, MINRES, GMRES, Dense); each product of a level's
-            solve makes solves of the levels below it, so that the cost multiplies with depth.
+            solve makes 4 solves of a level that it feeds back into, so that the cost multiplies
+            with depth. Of a method its solver and damping count, not ``product``,
+            ``curvature_batch`` or ``warm_start``.
 
     Returns:
         A tensor for each parameter that the level optimizes, by its name and of its shape

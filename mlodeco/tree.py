@@ -60,8 +60,12 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _dot(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
-    parts = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]
+    parts = [torch.dot(_as(a, dtype), _as(b, dtype)) for a, b in pairs]
     return float(sum(torch.stack(parts).tolist()))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

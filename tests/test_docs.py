@@ -31,6 +31,14 @@ def test_snippets_run(page, tmp_path, monkeypatch):
             exec(compile(snippet, str(page), "exec"), namespace)
 
 
+def test_the_picture_of_the_concepts_is_that_of_their_program():
+    page = ROOT / "docs" / "concepts.md"
+    namespace = {"__name__": "__docs__"}
+    exec(next(snippets(page)), namespace)
+    (picture,) = re.findall(r"^```mermaid\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert picture.strip() == namespace["program"].graph().to_mermaid()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):

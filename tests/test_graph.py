@@ -88,6 +88,10 @@ class TestOrder:
         graph = Graph({"c": ("b",), "z": (), "b": ("a",), "a": ()}, {})
         assert graph.order == ("z", "a", "b", "c")
 
+    def test_has_levels_without_lower_ones_first_as_they_step_first(self):
+        graph = Graph({"one": ("z",), "two": ("a",), "a": (), "top": ("two",), "z": ()}, {})
+        assert graph.order == ("a", "z", "one", "two", "top")
+
     def test_of_unknown_levels_names_the_closest(self):
         with pytest.raises(GraphError, match="Did you mean 'three'"):
             figure_one().below("thre")
@@ -239,10 +243,8 @@ def simulate(graph: Graph, ticks: int, **timings: Timing) -> dict[str, list[int]
     repeat = {name: timings.get(name, Timing()).repeat for name in graph.levels}
     schedule = Schedule(graph, {name: timings.get(name, Timing()) for name in graph.levels})
     taken: dict[str, list[int]] = {name: [] for name in graph.levels}
-    leaves = [name for name in graph.order if not graph.lower[name]]
-    uppers = [name for name in graph.order if graph.lower[name]]
     for tick in range(1, ticks + 1):
-        for name in (*leaves, *uppers):
+        for name in graph.order:
             if schedule.is_due(name):
                 for _ in range(repeat[name]):
                     taken[name].append(tick)

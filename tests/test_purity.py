@@ -11,7 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mlodeco
 from mlodeco import Program
-from mlodeco.calculus.randomness import SavedRandomness, preserved_randomness
+from mlodeco.calculus.randomness import (
+    SavedRandomness,
+    preserved_randomness,
+    randomness_set_aside,
+)
 from mlodeco.hypergrad import CG, FiniteDifference, Identity, Neumann
 from tests.problems import randn
 from tests.test_hypergrad_exact import relative
@@ -182,6 +186,21 @@ def test_numpys_stream_is_restored_however_it_moved(draws, between):
         after = np.random.get_state(legacy=False)
         assert str(after) == str(before)
         assert np.array_equal(after["state"]["key"], before["state"]["key"])
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("inside", [1, 2, 700])
+def test_numpys_stream_may_be_set_aside_twice(before, inside):
+    np.random.seed(0)
+    np.random.randn(before)
+    state = np.random.get_state(legacy=False)
+    with randomness_set_aside():
+        np.random.randn(inside)
+        between = np.random.get_state(legacy=False)
+        with randomness_set_aside():
+            np.random.randn(inside)
+        assert str(np.random.get_state(legacy=False)) == str(between)
+    assert str(np.random.get_state(legacy=False)) == str(state)
 
 
 def test_numpys_stream_may_be_of_another_kind():

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _WORDS = 625
 """The length of a Mersenne twister, and its position in it."""
+
+_spare: Any = None
+"""The twister that is lent."""
 
 _latest: tuple[bytes, Any] | None = None
 """The twister of the state that was read or restored last, and that state."""
@@ -39,6 +44,30 @@ def restore(saved: Any) -> None:
     numpy = sys.modules["numpy"]
     numpy.random.set_state(saved)
     _keep(_twister(numpy), saved)
+
+
+@contextmanager
+def lent() -> Iterator[None]:
+    """Another twister in the place of NumPy's own, which then has not moved.
+
+    Ten times cheaper than to restore a state. Half a pair beside the twister would be lost in
+    the exchange: such a state, a stream of another kind, and a twister lent already, are restored.
+    """
+    global _spare
+    found = state()
+    numpy = sys.modules.get("numpy")
+    own = None if numpy is None else numpy.random.get_bit_generator()
+    is_exchanged = _latest is not None and found is _latest[1] and own is not _spare
+    if numpy is not None and is_exchanged:
+        _spare = _spare or numpy.random.MT19937(0)
+        numpy.random.set_bit_generator(_spare)
+    try:
+        yield
+    finally:
+        if numpy is not None and is_exchanged:
+            numpy.random.set_bit_generator(own)
+        elif found is not None:
+            restore(found)
 
 
 def seed(number: int) -> None:

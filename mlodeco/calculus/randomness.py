@@ -28,21 +28,43 @@ def preserved_randomness() -> Iterator[None]:
         saved.restore()
 
 
-class SavedRandomness:
-    """The state of every stream at one moment."""
+@contextmanager
+def randomness_set_aside() -> Iterator[None]:
+    """The same at less cost, for passes that seed every stream: NumPy's is another one inside."""
+    saved = _SavedStreams()
+    with numpy_stream.lent():
+        try:
+            yield
+        finally:
+            saved.restore()
+
+
+class _SavedStreams:
+    """The state of torch's and Python's streams at one moment."""
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self._python = random.getstate()
-        self._numpy = numpy_stream.state()
 
     def restore(self) -> None:
-        """Puts every stream back."""
+        """Puts them back."""
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
         random.setstate(self._python)
+
+
+class SavedRandomness(_SavedStreams):
+    """The state of every stream at one moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numpy = numpy_stream.state()
+
+    def restore(self) -> None:
+        """Puts every stream back."""
+        super().restore()
         if self._numpy is not None:
             numpy_stream.restore(self._numpy)
 

@@ -155,7 +155,7 @@ class StatelessLoss:
             LossError: it is not a scalar loss.
         """
         try:
-            returned = self.module({name: _fresh(value) for name, value in items.items()})
+            returned = self.module.forward({name: _fresh(value) for name, value in items.items()})
         except MlodecoError:
             raise
         except Exception as error:

@@ -43,6 +43,7 @@ class Hypergradient:
 
     Attributes:
         gradient: direct plus indirect term; parameters that neither touches are left out.
+        size: its norm.
         loss: the loss, averaged over micro-batches.
         metrics: what the loss function returned beside it, for the last micro-batch.
         solves: the linear solves made, in their order.
@@ -51,6 +52,7 @@ class Hypergradient:
     """
 
     gradient: Tree
+    size: float
     loss: float
     metrics: dict[str, Any]
     solves: tuple[Solve, ...]
@@ -84,29 +86,32 @@ def sweep(
         pending.add(low, methods[plan.top, low], first.cotangents.get(low, {}), 1.0)
     solves: list[Solve] = []
     kept: dict[tuple[str, int], Memory] = {}
+    parts: list[_Part] = []
     for visit in plan.visits:
         targets = (*visit.lowers, *((plan.top,) if visit.feeds_top else ()))
         for number, (method, cotangent) in enumerate(pending.of(visit.level)):
             key = visit.level, number
             memory = (memories or {}).get(key, {})
             problem = LowerProblem(points[visit.level], visit.level, targets, memory)
-            _require_finite_tree(cotangent, problem, "the cotangent that reaches the level")
+            parts.append((cotangent, problem, "the cotangent that reaches the level"))
+            _require_finite(cotangent, parts)
             response = method.respond(problem, cotangent)
             what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
-            value = response.solution.value
-            fresh = {key: t for key, t in value.items() if t is not cotangent.get(key)}
-            _require_finite_tree(fresh, problem, what)
+            parts.append((response.solution.value, problem, what))
             solves.append(Solve(visit.level, method, response.solution))
             kept[key] = response.memory
             for target, tree in response.cross.items():
                 what = f"the second derivative towards level {target!r}"
-                _require_finite_tree(tree, problem, what)
+                parts.append((tree, problem, what))
                 if target == plan.top:
                     indirect = add(indirect, tree, -1.0)
                 else:
                     pending.add(target, methods[visit.level, target], tree, -1.0)
+    gradient = add(first.direct, indirect)
+    size = _require_finite(gradient, parts)
     return Hypergradient(
-        gradient=add(first.direct, indirect),
+        gradient=gradient,
+        size=size,
         loss=first.loss,
         metrics=first.metrics,
         solves=tuple(solves),
@@ -151,6 +156,10 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
     return _DirectPass(value, metrics, found.pop(plan.top), found, state)
 
 
+_Part = tuple[Tree, LowerProblem, str]
+"""What a gradient was made from: a tree, the problem that it belongs to, and its name."""
+
+
 class _Cotangents:
     """The cotangents on their way down, by level and by the method of the edge they came on."""
 
@@ -160,7 +169,7 @@ class _Cotangents:
     def add(self, level: str, method: Method, tree: Tree, factor: float) -> None:
         groups = self._by_level.setdefault(level, [])
         for number, (other, cotangent) in enumerate(groups):
-            if _are_same(other, method):
+            if are_same(other, method):
                 groups[number] = (other, add(cotangent, tree, factor))
                 return
         groups.append((method, add({}, tree, factor)))
@@ -169,14 +178,28 @@ class _Cotangents:
         return self._by_level.get(level, [])
 
 
-def _are_same(left: Method, right: Method) -> bool:
+def are_same(left: Method, right: Method) -> bool:
     """Whether two methods do the same; a user's own are not compared by their contents."""
     kind = type(left)
     is_known = kind is type(right) and kind.__module__.startswith("mlodeco.hypergrad.")
     return left is right or (is_known and left == right)
 
 
-def _require_finite_tree(tree: Tree, problem: LowerProblem, what: str) -> None:
+def _require_finite(tree: Tree, parts: list[_Part]) -> float:
+    """The norm of a tree; if it is not finite, the first of its parts that is not is refused."""
+    size = norm(tree)
+    if not math.isfinite(size):
+        for part, problem, what in parts:
+            require_finite_tree(part, problem.point, what)
+    return size
+
+
+def require_finite_tree(tree: Tree, point: Point, what: str) -> None:
+    """Refuses numbers that are not finite, in what was found for the level of ``point``.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
     size = norm(tree)
     if math.isfinite(size) or all(bool(torch.isfinite(t).all()) for t in tree.values()):
         return
@@ -185,6 +208,6 @@ def _require_finite_tree(tree: Tree, problem: LowerProblem, what: str) -> None:
         expected="finite numbers.",
         remedy="look at this level's loss and at that of the level above for overflow, a division "
         "by zero or the logarithm of zero; for a solver, use a smaller step or more damping.",
-        level=problem.level,
-        site=problem.point.loss.site,
+        level=point.loss.level,
+        site=point.loss.site,
     )

@@ -45,9 +45,12 @@ class Graph:
 
     @cached_property
     def order(self) -> tuple[str, ...]:
-        """The levels, each after all its lower levels; otherwise as declared."""
-        done: dict[str, None] = {}
-        pending = list(self.levels)
+        """The order of turns: levels without lower levels, then each after all its own.
+
+        Otherwise as declared.
+        """
+        done = dict.fromkeys(name for name in self.levels if not self.lower[name])
+        pending = [name for name in self.levels if name not in done]
         while pending:
             ready = next(n for n in pending if all(low in done for low in self.lower[n]))
             done[ready] = None
@@ -66,6 +69,14 @@ class Graph:
     def below(self, level: str) -> frozenset[str]:
         """The levels below, directly or through others."""
         return self._below[self.known(level)]
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """How many levels stand under each in the longest chain: 0 for one without lower levels."""
+        found: dict[str, int] = {}
+        for name in self.order:
+            found[name] = 1 + max((found[low] for low in self.lower[name]), default=-1)
+        return found
 
     def uppers(self, level: str) -> tuple[str, ...]:
         """The levels that have this one in their ``lower``."""

@@ -28,6 +28,10 @@ class Custom(Implicit):
     name: str
     solver: Callable[[MatVec, Tree], Any]
 
+    # eq=False alone would inherit a comparison of the options of Implicit
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Calls the solver and checks what it returns.
 

@@ -8,7 +8,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import Difference
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.options import Options, check_number
-from mlodeco.tree import Tree, is_zero, scale, zeros_like
+from mlodeco.tree import Tree, scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,6 @@ class FiniteDifference(Options):
 
     def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
         """Scales the cotangent and takes one cross product by differences."""
-        if is_zero(cotangent):
-            return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
         v = scale(cotangent, self.scale)
         cross = Difference(problem, radius=self.radius).cross(v)
         return Response(cross, Solution(v, 0, None, Status.TRUNCATED))

@@ -69,13 +69,7 @@ class Build:
     tick: int = 0
     fingerprint: tuple[Any, ...] = ()
     _plans: dict[str, SweepPlan] = field(default_factory=dict)
-
-    @property
-    def turns(self) -> tuple[str, ...]:
-        """The levels in the order in which a tick steps them."""
-        graph = self.graph
-        leaves = [name for name in graph.levels if not graph.lower[name]]
-        return (*leaves, *(name for name in graph.order if graph.lower[name]))
+    _nests: dict[str, NestPlan] = field(default_factory=dict)
 
     def readers(self, source: str) -> tuple[str, ...]:
         """The levels that read a source."""
@@ -103,10 +97,22 @@ class Build:
         """What responds to what under ``top``, for ``nested=True``.
 
         Raises:
-            GraphError: two levels respond to each other through a level below both.
+            GraphError: a level responds to another that is not above it.
         """
-        chosen = self.methods if methods is None else methods
-        return plan_nest(self.graph, top, lambda upper, low: chosen[upper, low] is not None)
+        if methods is not None:
+            return plan_nest(self.graph, top, lambda upper, low: methods[upper, low] is not None)
+        if top not in self._nests:
+            self._nests[top] = self.nest(top, self.methods)
+        return self._nests[top]
+
+    def needs_nesting(self, top: str, methods: Methods | None = None) -> bool:
+        """Whether lower levels carry something to ``top`` with ``nested=True`` alone."""
+        if self.plan(top, methods).visits:
+            return False
+        try:
+            return bool(self.nest(top, methods).responses[top])
+        except GraphError:
+            return False
 
     def reads_on_paths(self, name: str) -> tuple[str, ...]:
         """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""
@@ -372,7 +378,7 @@ def _warn_of_closed_paths(built: Build) -> None:
     for name, level in built.levels.items():
         if not level.declaration.lower or level.declaration.hypergrad is None:
             continue
-        if name in passes_on:
+        if name in passes_on or built.needs_nesting(name):
             continue
         reads = [low for low in level.declaration.lower if low in built.graph.reads[name]]
         if not reads:

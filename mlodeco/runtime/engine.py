@@ -12,7 +12,7 @@ import torch
 from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
-from mlodeco.calculus.randomness import make_seed, preserved_randomness
+from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomness_set_aside
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
@@ -58,7 +58,7 @@ def compute_hypergradient(
     """
     chosen = built.methods if methods is None else methods
     involved = levels_involved(built, top, methods, nested=nested)
-    with preserved_randomness(), torch.enable_grad():
+    with randomness_set_aside(), torch.enable_grad():
         values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step)
@@ -71,6 +71,7 @@ def compute_hypergradient(
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
+        _warn_of_nested_paths(built, top, methods)
         return sweep(built.plan(top, methods), points, open_edges, memories)
 
 
@@ -156,6 +157,19 @@ def _warn_of_idle_reads(built: Build, level: BuiltLevel, declared: frozenset[str
             )
 
 
+def _warn_of_nested_paths(built: Build, top: str, methods: Methods | None) -> None:
+    """Warns where Eq. (2) has no path, and the responses of levels between are all there is."""
+    if built.needs_nesting(top, methods):
+        level = built.levels[top]
+        warnings.warn(
+            f"level {top!r} ({level.site}) acts on the levels that it reads by way of others that "
+            "it does not read, and by Eq. (2) its hypergradient is the direct gradient. Remedy: "
+            "set nested=True, or hypergrad=None.",
+            GraphWarning,
+            stacklevel=3,
+        )
+
+
 def _make_point(
     built: Build,
     name: str,
@@ -178,5 +192,6 @@ def _make_point(
 
 def muted_context(built: Build, name: str, **known: Any) -> Context:
     """A context for second-order passes."""
-    device = device_of(built.levels[name].module)
+    first = next(iter(built.levels[name].parameters.values()), None)
+    device = device_of(built.levels[name].module) if first is None else first.device
     return Context(level=name, tick=built.tick, device=device, muted=True, **known)

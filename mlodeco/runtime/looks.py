@@ -27,7 +27,7 @@ def find_items(built: Build, levels: Iterable[str], given: Mapping[str, Any]) ->
     involved = set(levels)
     found: dict[str, dict[str, tuple[Any, ...]]] = {name: {} for name in involved}
     for name in built.sources:
-        readers = [n for n in built.turns if n in involved and n in built.readers(name)]
+        readers = [n for n in built.graph.order if n in involved and n in built.readers(name)]
         for reader, items in _column(built, name, readers, given).items():
             found[reader][name] = items
     return {

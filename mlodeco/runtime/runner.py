@@ -189,7 +189,7 @@ class Runner:
         ``run_end``, which belong to :meth:`run`.
         """
         self.built.tick = self.tick + 1
-        for name in self.built.turns:
+        for name in self.built.graph.order:
             if name not in self._asked:
                 turned = self._take_turn(name)
                 self._asked[name] = turned
@@ -301,7 +301,7 @@ class Runner:
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
         trainer.memories = hyper.memories
-        cosine = trainer.turn_of(hyper.gradient)
+        cosine = trainer.turn_of(hyper)
         found = Gradients(hyper.loss, hyper.metrics, hyper.solves, cosine)
         self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches, ctx))
         return found

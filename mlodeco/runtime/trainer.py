@@ -15,7 +15,7 @@ from torch import Tensor
 from mlodeco.calculus.randomness import SavedRandomness
 from mlodeco.calculus.slots import Slot, State
 from mlodeco.calculus.stateless import require_finite
-from mlodeco.calculus.sweep import Memories, Solve
+from mlodeco.calculus.sweep import Hypergradient, Memories, Solve
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.context import Context
@@ -43,7 +43,7 @@ class Trainer:
         self.optimizer = make_optimizer(level)
         self.scheduler = make_scheduler(level, self.optimizer)
         self.memories: Memories = {}
-        self._last_hypergradient: Tree = {}
+        self._last_hypergradient: tuple[Tree, float] = {}, 0.0
         self._feed = Feed(level.declaration)
         self._place = place
         self._snapshot: _Snapshot | None = None
@@ -119,16 +119,17 @@ class Trainer:
             for name, parameter in self.level.parameters.items():
                 found = gradient.get(name)
                 # a copy: autograd may give one tensor for two parameters, or an expanded one
-                parameter.grad = None if found is None else torch.empty_like(parameter).copy_(found)
+                parameter.grad = None if found is None else found.clone()
             for slot in self.level.loss.buffers:
                 if slot.child in self.level.own_children:
                     slot.tensor.copy_(state[slot.key])
 
-    def turn_of(self, hypergradient: Tree) -> float | None:
+    def turn_of(self, found: Hypergradient) -> float | None:
         """The cosine with the last hypergradient, which this one then replaces."""
-        last, self._last_hypergradient = self._last_hypergradient, hypergradient
-        sizes = norm(last) * norm(hypergradient)
-        return dot(last, hypergradient) / sizes if sizes > 0.0 else None
+        last, size = self._last_hypergradient
+        self._last_hypergradient = found.gradient, found.size
+        sizes = size * found.size
+        return dot(last, found.gradient) / sizes if sizes > 0.0 else None
 
     def gradients(self) -> dict[str, Tensor]:
         """The present ``.grad`` by parameter name."""

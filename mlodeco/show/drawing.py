@@ -1,26 +1,24 @@
-"""The dataflow graph as text."""
+"""The dataflow graph as a person looks at it: text, a tree, Mermaid, Graphviz."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
+from rich.tree import Tree
 
-from mlodeco.graph import EdgeKind, Graph
+from mlodeco.graph import Edge, Graph
+from mlodeco.show.dot import to_dot
+from mlodeco.show.mermaid import to_mermaid
+from mlodeco.show.words import LOOKS, kinds, label, printable, rows
 
-_MARKS = {
-    EdgeKind.LOWER_TO_UPPER: ("^", "cyan"),
-    EdgeKind.UPPER_TO_LOWER: ("v", "magenta"),
-    EdgeKind.SIDEWAYS: ("~", "yellow"),
-    EdgeKind.ORDERING: (".", "bright_black"),
-}
 _SHOWN_PATHS = 12
 
 
 class GraphView(Graph):
-    """A graph that can be looked at: ``print(program.graph())``, or shown by rich in colour.
+    """A graph that can be looked at: ``print(program.graph())``, or as a tree by rich, in colour.
 
     Levels are listed with the highest first. Under each stand the levels that it reads:
     ``^`` lower to upper (a best response flows up, with its method), ``v`` upper to lower
@@ -35,40 +33,78 @@ class GraphView(Graph):
         super().__init__(graph.lower, graph.reads)
         self.methods = dict(methods)
 
+    def to_mermaid(self) -> str:
+        """The graph as a Mermaid flowchart, for a fenced block of a Markdown page.
+
+        The highest levels are on top. Lower-to-upper edges have an arrowhead at their end and
+        bear their methods, upper-to-lower ones in another colour have it in their middle;
+        sideways edges are dashed, ordering alone is dotted.
+        """
+        return to_mermaid(self, self.methods)
+
+    def to_dot(self) -> str:
+        """The graph in Graphviz's language: ``dot -Tsvg``.
+
+        The highest levels are on top. Lower-to-upper edges bear their methods, upper-to-lower
+        ones have another colour; sideways edges are dashed, ordering alone is dotted.
+        """
+        return to_dot(self, self.methods)
+
     def __str__(self) -> str:
-        return "\n".join(text.plain for text in self._lines())
+        lines: list[str] = []
+        for name in reversed(self.order):
+            lines.append(printable(name))
+            lines += [f"  {self._edge_text(edge).plain}" for edge in self._edges_to(name)]
+        lines.append("")
+        for title, *paths in self._path_texts():
+            lines += [title, *(f"  {path}" for path in paths)]
+        return "\n".join(lines).rstrip("\n")
 
     def __repr__(self) -> str:
         return str(self)
 
     def __rich__(self) -> RenderableType:
-        return Group(*self._lines())
+        tree = Tree(self._legend(), guide_style="bright_black")
+        for depth, names in rows(self):
+            row = tree.add(Text(f"depth {depth}", style="bright_black"))
+            for name in names:
+                branch = row.add(Text(printable(name), style="bold"))
+                for edge in self._edges_to(name):
+                    branch.add(self._edge_text(edge))
+        for title, *paths in self._path_texts():
+            branch = tree.add(Text(title))
+            for path in paths:
+                branch.add(Text(path))
+        return tree
 
-    def _lines(self) -> list[Text]:
-        lines: list[Text] = []
+    def _edges_to(self, name: str) -> list[Edge]:
+        return [edge for edge in self.edges if edge.target == name]
+
+    def _legend(self) -> Text:
+        found = kinds(self)
+        text = Text("levels, and under each what it reads")
+        for number, kind in enumerate(found):
+            text.append(", " if number else ": ")
+            text.append(f"{LOOKS[kind].mark} {kind.value}", style=LOOKS[kind].style)
+        return text
+
+    def _edge_text(self, edge: Edge) -> Text:
+        method = label(edge, self.methods)
+        words = f"{edge.kind.value}, {printable(method)}" if method else edge.kind.value
+        look = LOOKS[edge.kind]
+        return Text(f"{look.mark} {printable(edge.source)}  ({words})", style=look.style)
+
+    def _path_texts(self) -> Iterator[list[str]]:
+        """For each level with paths a title and these; then one for all the others."""
+        without: list[str] = []
         for name in reversed(self.order):
-            lines.append(Text(name, style="bold"))
-            for edge in self.edges:
-                if edge.target == name:
-                    lines.append(self._edge_line(edge.source, name, edge.kind))
-        lines.append(Text(""))
-        for name in reversed(self.order):
-            if self.lower[name]:
-                lines.extend(self._path_lines(name))
-        return lines
-
-    def _edge_line(self, source: str, target: str, kind: EdgeKind) -> Text:
-        mark, colour = _MARKS[kind]
-        method = self.methods.get((target, source))
-        detail = f", {method}" if kind is EdgeKind.LOWER_TO_UPPER and method else ""
-        return Text(f"  {mark} {source}  ({kind.value}{detail})", style=colour)
-
-    def _path_lines(self, name: str) -> list[Text]:
-        first = list(islice(self.walk_paths(name), _SHOWN_PATHS + 1))
-        if not first:
-            return [Text(f"paths of {name}: none, its hypergradient is the direct gradient")]
-        lines = [Text(f"paths of {name}:")]
-        lines += [Text("  " + " -> ".join(path)) for path in first[:_SHOWN_PATHS]]
-        if len(first) > _SHOWN_PATHS:
-            lines.append(Text("  ..."))
-        return lines
+            first = list(islice(self.walk_paths(name), _SHOWN_PATHS + 1))
+            if first:
+                shown = [" -> ".join(map(printable, path)) for path in first[:_SHOWN_PATHS]]
+                more = ["..."] if len(first) > _SHOWN_PATHS else []
+                yield [f"paths of {printable(name)}:", *shown, *more]
+            elif self.lower[name]:
+                without.append(printable(name))
+        if without:
+            whose = "its hypergradient is" if len(without) == 1 else "their hypergradients are"
+            yield [f"paths of {', '.join(without)}: none, {whose} the direct gradient"]
