@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mlodeco.declare.records import UNSET, Refresh, Unset
 from mlodeco.declare.registry import Registry, current_registry
+from mlodeco.errors import RunError
 from mlodeco.hypergrad import describe
 from mlodeco.runtime import Accelerator, Build, Result, Runner, build
 from mlodeco.runtime.checking import compare
@@ -96,6 +97,19 @@ class _Source(Protocol):
     def __call__(self, name: T, refresh: Refresh = "step") -> T: ...
 
 
+def _known(program: Program | None) -> Program:
+    """The program given, else the current one.
+
+    Raises:
+        RunError: it is none.
+    """
+    if program is None:
+        return current_program()
+    if not isinstance(program, Program):
+        raise RunError(f"program={program!r} is not a Program.", remedy="pass a Program.")
+    return program
+
+
 level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
 source: _Source = _of_current(Program.source)  # type: ignore[assignment]
@@ -137,7 +151,7 @@ def run(
     """
     check_steps(steps)
     display = make_display(progress)
-    runner = Runner(program or current_program(), seed=seed, accelerator=accelerator, nested=nested)
+    runner = Runner(_known(program), seed=seed, accelerator=accelerator, nested=nested)
     if display is not None:
         runner.listeners.append(display)
     return runner.run(steps)
@@ -154,7 +168,9 @@ def hypergradient(
     """The total derivative of a level's loss in its own parameters; nothing is changed.
 
     Direct gradient plus the indirect one through the best responses of the levels below, at
-    the current parameters (Eq. (2) of Choe et al. 2023, arXiv:2207.02849).
+    the current parameters (Eq. (2) of Choe et al. 2023, arXiv:2207.02849). Random numbers in the
+    losses (dropout) are the same in all passes of a call, and others once torch's global stream
+    has moved.
 
     Args:
         level: the level.
@@ -183,7 +199,7 @@ def hypergradient(
     return compute(
         level,
         batches=batches,
-        program=program or current_program(),
+        program=_known(program),
         hypergrad=hypergrad,
         nested=nested,
     )
@@ -224,7 +240,7 @@ def check(
     found = compare(
         level,
         batches=batches,
-        program=program or current_program(),
+        program=_known(program),
         hypergrad=hypergrad,
         damping=damping,
         nested=nested,

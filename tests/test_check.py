@@ -289,7 +289,7 @@ def test_converged_takes_minres_where_vectors_do_not_fit(monkeypatch):
                 CG(curvature_batch=0.5),
                 CG(product="difference"),
                 CG(product="difference", curvature_batch=0.5, max_steps=80),
-                MINRES(),
+                MINRES(product="difference", curvature_batch=0.5),
             },
         ),
         (Dense(), set()),
@@ -341,3 +341,27 @@ def test_nested_adds_nothing_where_eq_2_is_exact():
     report = mlodeco.check("top", program=quadratic().program, nested=True)
     assert report.findings.nested.error < 1e-9
     assert "Eq. (2) itself" not in report.advice
+
+
+def test_edges_that_share_the_references_method_show_their_solves():
+    report = mlodeco.check("top", program=chain(), hypergrad="converged")
+    assert all(edge.solve is not None for edge in report.edges)
+
+
+def test_warm_starts_are_said_to_be_left_out():
+    case = quadratic()
+    report = mlodeco.check("top", program=case.program, hypergrad=CG(max_steps=2, warm_start=True))
+    assert "cold here" in report.advice
+    cold = mlodeco.check("top", program=case.program, hypergrad=CG(max_steps=2))
+    assert "cold here" not in cold.advice
+
+
+@pytest.mark.parametrize("wrong", ["x", 3, ["top"]])
+def test_wrong_programs_and_levels_are_named(wrong):
+    case = quadratic()
+    with pytest.raises(RunError, match="is not a Program"):
+        mlodeco.hypergradient("top", program=wrong)
+    with pytest.raises(RunError, match="is not a Program"):
+        mlodeco.check("top", program=wrong)
+    with pytest.raises(GraphError, match="there is no level"):
+        mlodeco.hypergradient(wrong, program=case.program)

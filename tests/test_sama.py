@@ -374,3 +374,42 @@ def test_parameters_that_the_upper_loss_does_not_read_count_in_the_clipping(clip
     after = w[0].detach() - 0.1 * g[0] / (g[0].abs() + 1e-8)
     (wanted,) = torch.autograd.grad(after @ (3 * w[0].detach() ** 2), x)
     assert torch.allclose(found, wanted, rtol=1e-6)
+
+
+class Undifferentiable(SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+def test_a_step_without_gradients_is_refused_and_not_taken_as_zero():
+    case = classification(optimizer=partial(Undifferentiable, lr=0.1))
+    with pytest.raises(OptimizerError, match="does not depend on the gradients"):
+        mlodeco.hypergradient("top", program=case.program, hypergrad="sama")
+
+
+def test_parameters_replaced_after_a_run_make_a_fresh_optimizer():
+    case = classification(optimizer=partial(Adam, lr=0.1))
+    mlodeco.run(3, program=case.program, progress="off")
+    module = case.program.module("low")
+    module[0].bias = nn.Parameter(module[0].bias.detach().clone())
+    found = mlodeco.hypergradient("top", program=case.program, hypergrad="sama")
+    assert all(torch.isfinite(value).all() for value in found.values())
+
+
+def test_two_runs_of_one_program_keep_their_own_optimizers():
+    def alone(disturbed):
+        case = classification(optimizer=partial(Adam, lr=0.1))
+        runner = Runner(case.program, seed=0)
+        case.program.built.methods = {("top", "low"): Sama()}
+        for _ in range(3):
+            runner.step()
+        if disturbed:
+            Runner(case.program, seed=5)
+        for _ in range(3):
+            runner.step()
+        return reference.flat([p.detach() for p in case.top_parameters])
+
+    assert torch.equal(alone(False), alone(True))

@@ -99,6 +99,8 @@ class OptimizerStep:
         leaves = live(gradients)
         with torch.enable_grad():
             after = self.apply(parameters, leaves)
+            if after and not any(value.requires_grad for value in after.values()):
+                raise self._refusal("its step does not depend on the gradients, as under no_grad")
             moved = [key for key in after if key in cotangent and after[key].requires_grad]
             if not moved:
                 return {}

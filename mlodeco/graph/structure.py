@@ -145,10 +145,11 @@ class Graph:
         Raises:
             GraphError: no level has it.
         """
-        if level not in self.lower:
+        if not isinstance(level, str) or level not in self.lower:
             raise GraphError(
                 f"there is no level {level!r}.",
                 expected=f"one of {quoted(self.levels)}.",
-                remedy=f"correct the name, or declare the level.{did_you_mean(level, self.levels)}",
+                remedy=f"correct the name, or declare the level."
+                f"{did_you_mean(str(level), self.levels)}",
             )
         return level

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from mlodeco.calculus.response import Method
@@ -41,7 +41,7 @@ def turned(method: Method) -> tuple[Method, ...]:
     if isinstance(method, Krylov):
         found.append(replace(method, max_steps=_MORE * method.max_steps))
     if isinstance(method, CG):
-        found.append(MINRES(max_steps=method.max_steps, damping=method.damping))
+        found.append(MINRES(**{f.name: getattr(method, f.name) for f in fields(method)}))
     if isinstance(method, Nystrom):
         found.append(replace(method, rank=_MORE * method.rank))
     if isinstance(method, Identity | FiniteDifference | Sama):

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, Self
 
 from mlodeco.calculus.products import PRODUCTS
+from mlodeco.declare.checks import as_integer
 from mlodeco.errors import MethodError, did_you_mean, quoted
 
 
@@ -34,7 +35,8 @@ class Options:
 
 def check_count(method: object, option: str, value: object, least: int = 1) -> None:
     """Refuses what is not an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    number = as_integer(value)
+    if number is None or not least <= number < 2**63:
         raise MethodError(
             f"{type(method).__name__}({option}={value!r}).",
             expected=f"an integer of at least {least}.",

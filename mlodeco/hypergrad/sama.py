@@ -27,8 +27,10 @@ class Sama(Options):
         product: how the cross product is taken: ``"auto"``, ``"reverse"``,
             ``"reverse_over_forward"``, ``"forward"`` or ``"difference"``.
 
-    The level needs an optimizer. Outside a run its state is fresh; Adam's first step is nearly
-    the sign of the gradient, whose derivative is nearly zero.
+    For a level that has lower levels itself, g is its direct gradient alone, where its own step
+    takes the hypergradient: the same for SGD without clipping, whose step is linear in g, and an
+    approximation for others. The level needs an optimizer. Outside a run its state is fresh;
+    Adam's first step is nearly the sign of the gradient, whose derivative is nearly zero.
 
     Reference:
         Choe et al. 2023, arXiv:2310.05674. There the derivative is that of the last step and

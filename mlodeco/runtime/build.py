@@ -192,7 +192,7 @@ def build(registry: Registry) -> Build:
         loss = _stateless_loss(declaration, binding, modules, owners)
         own = frozenset(child for child, level in buffer_owner.items() if level == name)
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
-        if name in same:
+        if name in same and _steps_all(same[name].optimizer, levels[name].parameters):
             levels[name].optimizer = same[name].optimizer
     reads = {
         name: dict.fromkeys(
@@ -212,6 +212,12 @@ def build(registry: Registry) -> Build:
     _warn_of_unread_sources(result)
     registry.built = result
     return result
+
+
+def _steps_all(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether an optimizer steps just these parameters: somebody may have replaced some."""
+    groups = optimizer.param_groups if optimizer is not None else ()
+    return {id(p) for g in groups for p in g["params"]} == {id(p) for p in parameters.values()}
 
 
 def _take_over_items(built: Build, earlier: Build, same: Iterable[str]) -> None:

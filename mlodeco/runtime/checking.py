@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlodeco.calculus.response import Method, Status
-from mlodeco.calculus.sweep import Hypergradient, Solve
+from mlodeco.calculus.sweep import Hypergradient, Solve, are_same
 from mlodeco.declare.records import Unset
 from mlodeco.declare.registry import Registry
 from mlodeco.errors import RunError
@@ -15,7 +15,7 @@ from mlodeco.graph import SweepPlan
 from mlodeco.hypergrad import Converged, Implicit, Neumann, spell, turned
 from mlodeco.runtime.build import Build, Methods
 from mlodeco.runtime.engine import Batches, compute_hypergradient, levels_involved, muted_context
-from mlodeco.runtime.functional import check_nested, find_batches, prepare
+from mlodeco.runtime.functional import check_nested, find_batches, prepare, present_entropy
 from mlodeco.tree import Tree, add, dot, norm
 
 _RIGHT = 0.99
@@ -197,6 +197,7 @@ class _Checker:
             lambda name: muted_context(built, name),
             methods=methods,
             nested=nested,
+            entropy=present_entropy(),
         )
 
     def _gap_to_nested(self) -> Agreement:
@@ -211,7 +212,14 @@ class _Checker:
 
     def _check(self, edge: tuple[str, str], method: Method | None) -> EdgeCheck:
         found = self._sweep({**self._reference, edge: method})
-        solve = next((s for s in found.solves if s.level == edge[1] and s.method is method), None)
+        solve = next(
+            (
+                s
+                for s in found.solves
+                if s.level == edge[1] and method is not None and are_same(s.method, method)
+            ),
+            None,
+        )
         name = "none (direct gradient only)" if method is None else spell(method)
         return EdgeCheck(*edge, name, solve, self._agreement(found))
 
@@ -267,8 +275,10 @@ class _Checker:
         return f"{found}." if found else "Solve the lower level further first."
 
     def _doubts(self) -> list[str]:
-        """A sentence for each reference that is none."""
-        return [
+        """A sentence for each reference that is none, and one about warm starts."""
+        warm = any(getattr(method, "warm_start", False) for method in self._methods.values())
+        cold = ["Solves are cold here: a run's warm starts are better."] if warm else []
+        return cold + [
             f"The reference at {solve.level!r} is itself rough, with a residual of "
             f"{_figure(solve.solution.residual)} after {solve.solution.steps} products: take its "
             "figures as a sign, or pass damping= for a system that is easier."

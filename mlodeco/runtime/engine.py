@@ -38,6 +38,7 @@ def compute_hypergradient(
     methods: Methods | None = None,
     memories: Memories | None = None,
     nested: bool = False,
+    entropy: str = "",
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -55,13 +56,14 @@ def compute_hypergradient(
         methods: methods in place of the program's own.
         memories: what the methods kept at the last hypergradient of this level.
         nested: the true derivative through nested best responses in place of Eq. (2).
+        entropy: makes the random numbers of the passes others than those of the same tick.
     """
     chosen = built.methods if methods is None else methods
     involved = levels_involved(built, top, methods, nested=nested)
     with randomness_set_aside(), torch.enable_grad():
         values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
         contexts = {name: make_context(name) for name in involved}
-        draw = (rank, top, contexts[top].step)
+        draw = (rank, top, contexts[top].step, entropy)
         points = {
             name: _make_point(built, name, batches[name], contexts[name], values, draw)
             for name in involved
@@ -91,7 +93,7 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
         return
     values = built.values(level.loss.sees)
     with preserved_randomness(), torch.enable_grad():
-        point = _make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step))
+        point = _make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
         probe(built, level, point)
 
 
@@ -176,7 +178,7 @@ def _make_point(
     batches: tuple[Drawn, ...],
     ctx: Context,
     values: Mapping[str, Any],
-    draw: tuple[int, str, int],
+    draw: tuple[int, str, int, str],
 ) -> Point:
     level = built.levels[name]
     return Point(

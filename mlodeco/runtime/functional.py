@@ -36,12 +36,23 @@ def compute(
     involved = levels_involved(built, level, methods, nested=nested)
     items = find_batches(built, involved, given)
     result = compute_hypergradient(
-        built, level, items, lambda name: muted_context(built, name), methods=methods, nested=nested
+        built,
+        level,
+        items,
+        lambda name: muted_context(built, name),
+        methods=methods,
+        nested=nested,
+        entropy=present_entropy(),
     )
     warn_of_trouble(built, result.solves)
     filled = fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
     # copies: autograd may give one tensor for two parameters, or an expanded one
     return {key: torch.empty_like(value).copy_(value) for key, value in filled.items()}
+
+
+def present_entropy() -> str:
+    """Where torch's global stream stands, so that masks change from call to call as it moves."""
+    return bytes(torch.get_rng_state().tolist()).hex()
 
 
 def check_nested(nested: object) -> None:

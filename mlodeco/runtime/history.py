@@ -77,11 +77,11 @@ class History:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The steps as flat dictionaries, for a table.
 
-        ``solver_steps`` is the sum over the solves of a step, ``residual`` the largest.
+        ``solver_steps`` is the sum over the solves of a step, ``residual`` the largest. A metric
+        of one's own that has the name of a column stands under ``metric_`` and its name.
         """
         for record in self.steps:
-            yield {
-                **record.metrics,
+            columns = {
                 "tick": record.tick,
                 "level": record.level,
                 "step": record.step,
@@ -92,6 +92,8 @@ class History:
                 "solver_steps": sum(solve[2] for solve in record.solves),
                 "residual": max((s[3] for s in record.solves if s[3] is not None), default=None),
             }
+            own = {f"metric_{k}" if k in columns else k: v for k, v in record.metrics.items()}
+            yield {**own, **columns}
 
     def __len__(self) -> int:
         return len(self.steps)

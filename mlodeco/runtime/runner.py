@@ -131,15 +131,16 @@ class Runner:
         validations = [Validation(d, self.built, place) for d in registry.validations]
         self._trainers = {n: Trainer(level, place) for n, level in self.built.levels.items()}
         for trainer in self._trainers.values():
-            trainer.level.optimizer = trainer.optimizer
+            trainer.level.reported.clear()
         self._sources = Sources(self.built, place)
         self._hooks = hooks
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
         self._generators = {name: torch.Generator(device=device) for name in self._trainers}
-        self.built.run_seed = torch.initial_seed() if seed is None else seed
+        self._run_seed = torch.initial_seed() if seed is None else seed
+        self._take_over()
         for number, generator in enumerate(self._generators.values()):
-            generator.manual_seed((self.built.run_seed + number) % 2**63)
+            generator.manual_seed((self._run_seed + number) % 2**63)
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -188,7 +189,7 @@ class Runner:
         next call goes on with the same tick from there. Fires neither ``run_start`` nor
         ``run_end``, which belong to :meth:`run`.
         """
-        self.built.tick = self.tick + 1
+        self._take_over()
         for name in self.built.graph.order:
             if name not in self._asked:
                 turned = self._take_turn(name)
@@ -199,6 +200,12 @@ class Runner:
         tick = Tick(self.tick, steps, tuple(self._validate()))
         self._tell(tick)
         return tick
+
+    def _take_over(self) -> None:
+        """Makes the program's tick, seed and optimizers those of this run, of several perhaps."""
+        self.built.tick, self.built.run_seed = self.tick + 1, self._run_seed
+        for trainer in self._trainers.values():
+            trainer.level.optimizer = trainer.optimizer
 
     def _tell(self, tick: Tick) -> None:
         for listener in self.listeners:
