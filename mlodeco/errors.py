@@ -118,6 +118,10 @@ class GraphWarning(MlodecoWarning):
     """The graph is legal and probably not what was meant."""
 
 
+class ModuleWarning(MlodecoWarning):
+    """A factory of a module holds on to layers that it does not make anew."""
+
+
 class FallbackWarning(MlodecoWarning):
     """A product fell back to a slower or less exact mode."""
 

@@ -33,6 +33,7 @@ from mlodeco.errors import (
     MethodError,
     MlodecoError,
     ModuleError,
+    ModuleWarning,
     NonFiniteError,
     OptimizerError,
     RunError,
@@ -469,7 +470,13 @@ def of_options() -> list[Mistake]:
             "patience without monitor",
             lambda p: p.validate(patience=3),
             "monitor is not",
-            "monitor='accuracy'",
+            "monitor='accuracy', mode='max'",
+        ),
+        on(
+            "monitor without mode",
+            lambda p: p.validate(monitor="accuracy"),
+            "monitor='accuracy' is set and mode is not",
+            "mode='max' for an accuracy",
         ),
         on("@method without a name", lambda p: p.method, "without a name", "@method('name')"),
         on("a method's name", lambda p: p.method("my method"), "'my method'", "like a variable"),
@@ -881,6 +888,24 @@ def of_modules() -> list[Mistake]:
             "2 entries that are not parameters",
             "select among",
         ),
+        built(
+            "a foreign parameter selected",
+            lambda g: {"params": [*g.low.parameters(), g.top.bias]},
+            "1 entry that is not a parameter",
+            "select among",
+        ),
+        built(
+            "a misspelt name of a parameter",
+            lambda g: {"params": ["0.wieght"]},
+            "'0.wieght'",
+            "Did you mean '0.weight'?",
+        ),
+        built(
+            "the name of a part of the module",
+            lambda g: {"params": ["0"]},
+            "'0', which is not a parameter",
+            "Did you mean '0.weight', '0.bias'?",
+        ),
         Mistake(
             "parameters of two levels",
             lambda g: g.run(top={"module": "low"}),
@@ -1022,7 +1047,7 @@ def of_runs() -> list[Mistake]:
         ),
         Mistake(
             "an unknown metric",
-            validating(lambda low: {"accuracy": 0.5}, monitor="acuracy"),
+            validating(lambda low: {"accuracy": 0.5}, monitor="acuracy", mode="max"),
             DataError,
             "'acuracy'",
             "Did you mean 'accuracy'?",
@@ -1075,6 +1100,47 @@ def test_names_the_mistake_and_its_remedy_and_changes_nothing(mistake):
     if not mistake.after_steps:
         assert good.state() == state
     assert [record.level for record in run(good.program).history.steps] == ["low", "top"]
+
+
+def test_layers_that_two_levels_share_by_a_partial_are_told_of():
+    module = functools.partial(nn.Sequential, nn.Linear(1, 4))
+    good = Bilevel()
+    with pytest.warns(ModuleWarning, match=r"program\.reset\(\)") as told:
+        program = good.declare(low={"module": module}, top={"module": module})
+    for level, warning in zip(("low", "top"), told, strict=True):
+        assert f"level {level!r} (test_errors.py:" in str(warning.message)
+        assert "module=lambda: nn.Sequential(nn.Linear(...))" in str(warning.message)
+    with pytest.raises(ModuleError, match="optimized by level 'low' too") as caught:
+        run(program)
+    assert "module=lambda: nn.Sequential(nn.Linear(...))" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        functools.partial(nn.Linear, 1, 1),
+        functools.partial(nn.Sequential, nn.ReLU()),
+        functools.partial(lambda kind: kind(1, 1), nn.Linear),
+        nn.Sequential(nn.Linear(1, 1)),
+    ],
+)
+def test_modules_without_held_layers_are_silent(module):
+    Bilevel().add(module=module)
+
+
+def test_error_of_a_module_factory_says_whose_it_is():
+    good = Bilevel()
+    with pytest.raises(TypeError) as caught:
+        good.run(low={"module": nn.Linear})
+    (note,) = caught.value.__notes__
+    assert re.fullmatch(r"raised by module= of level 'low' \(test_errors\.py:\d+\)", note)
+
+
+def test_a_level_without_a_name_is_refused():
+    with pytest.raises(DeclarationError, match="without a name") as caught:
+        Program().level(module={"x": torch.zeros(1)})(new_loss)
+    assert "@level('name', module=..., ...)" in caught.value.remedy
+    assert re.fullmatch(r"test_errors\.py:\d+", caught.value.site)
 
 
 def test_leaves_a_program_usable_after_a_circle():

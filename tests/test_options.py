@@ -317,6 +317,29 @@ class Mixed(nn.Module):
         return self.norm(mixed) @ self.skip.T
 
 
+def test_parameters_are_selected_by_names():
+    def trained(params):
+        program = Program()
+        program.level("w", module=partial(nn.Linear, 2, 1), params=params, optimizer=SGD_MOMENTUM)(
+            lambda m: (m.weight**2).sum() + (m.bias**2).sum()
+        )
+        return list(mlodeco.hypergradient("w", program=program))
+
+    assert trained(["bias"]) == ["bias"]
+    assert trained(["bias", "weight", "bias"]) == ["weight", "bias"]
+    assert trained(iter(["weight"])) == ["weight"]
+
+
+def test_a_tied_parameter_is_selected_by_either_name():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    program = Program()
+    program.level("w", module=model, params=["1.weight", model[1].bias])(
+        lambda m: sum((p**2).sum() for p in m.parameters())
+    )
+    assert list(mlodeco.hypergradient("w", program=program)) == ["0.weight", "1.bias"]
+
+
 def only(*names):
     return lambda name: name in names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from functools import partial
 from types import SimpleNamespace
@@ -326,6 +327,23 @@ def test_function_of_module_keeps_groups_by_name():
     same(twin, program)
     assert seen["lrs"] == [0.3, 0.01]
     assert result.history.of("low")[0].learning_rate == 0.3
+
+
+def test_an_optimizer_without_learning_rate():
+    class Halve(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.mul_(0.5)
+
+    program = Program()
+    program.level("low", module={"x": torch.ones(1)}, optimizer=Halve)(lambda m: m.x.sum())
+    (record,) = mlodeco.run(1, program=program, progress="off").history.steps
+    assert math.isnan(record.learning_rate)
+    assert program.module("low").x.item() == 0.5
 
 
 def test_optimizer_instance_keeps_its_groups():

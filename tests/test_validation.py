@@ -197,22 +197,22 @@ def test_no_best_without_monitor():
 
 
 def test_not_a_number_is_never_the_best():
-    result = run(fed([math.nan, 2.0, math.nan, 1.0], monitor="m"), 4)
+    result = run(fed([math.nan, 2.0, math.nan, 1.0], monitor="m", mode="min"), 4)
     assert (result.best.value, result.best.tick) == (1.0, 4)
-    assert run(fed([math.nan, math.nan], monitor="m"), 2).best is None
+    assert run(fed([math.nan, math.nan], monitor="m", mode="min"), 2).best is None
 
 
 def test_patience():
     values = [5.0, 4.0, 4.0, 6.0, 3.0, 3.5, 3.5, 3.5, 0.0, 0.0]
-    result = run(fed(values, monitor="m", patience=3), 10)
+    result = run(fed(values, monitor="m", mode="min", patience=3), 10)
     assert result.ticks == 8
-    assert "'m' has not improved" in result.stop_reason
+    assert result.stop_reason == "'m' has not become smaller in 3 validations"
     assert result.best.value == 3.0
     assert result.history.metric("m") == values[:8]
 
 
 def test_patience_starts_again_with_each_run_of_a_runner():
-    runner = Runner(fed([1.0, 2.0, 2.0, 2.0, 2.0, 0.5], monitor="m", patience=2))
+    runner = Runner(fed([1.0, 2.0, 2.0, 2.0, 2.0, 0.5], monitor="m", mode="min", patience=2))
     assert runner.run(10).ticks == 3
     assert runner.run(10).ticks == 5
     assert runner.run(1).best.value == 0.5
@@ -225,18 +225,19 @@ def test_what_a_validation_logs_is_in_its_record():
 
 
 def test_patience_counts_validations_and_not_ticks():
-    result = run(fed([1.0, 1.0, 1.0, 1.0], monitor="m", patience=2, every=4), 30)
+    result = run(fed([1.0, 1.0, 1.0, 1.0], monitor="m", mode="min", patience=2, every=4), 30)
     assert result.ticks == 12
 
 
 def test_patience_of_a_maximum():
     result = run(fed([1.0, 2.0, 1.0, 9.0], monitor="m", patience=1, mode="max"), 10)
     assert (result.ticks, result.best.value) == (3, 2.0)
+    assert result.stop_reason == "'m' has not become larger in 1 validation"
 
 
 def test_unknown_monitor_is_refused():
     with pytest.raises(DataError, match="'m'") as caught:
-        run(fed([1.0], monitor="n"), 1)
+        run(fed([1.0], monitor="n", mode="min"), 1)
     assert "test_validation.py" in str(caught.value)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 from mlodeco.declare.records import RESERVED
 from mlodeco.declare.site import Site, underlying
-from mlodeco.errors import DeclarationError, did_you_mean, quoted
+from mlodeco.errors import DeclarationError, MlodecoWarning, did_you_mean, quoted
 
 
 class Checker:
@@ -22,6 +23,7 @@ class Checker:
         self._what = what
         self._level = level
         self._source = source
+        self._place = site
         self._site = str(site)
 
     def error(self, found: str, *, remedy: str, expected: str = "") -> DeclarationError:
@@ -33,6 +35,15 @@ class Checker:
             level=self._level,
             source=self._source,
             site=self._site,
+        )
+
+    def warn(self, found: str, category: type[MlodecoWarning], *, remedy: str) -> None:
+        """Warns, at the place of the declaration."""
+        warnings.warn_explicit(
+            str(self.error(found, remedy=remedy)).replace("\n  ", " "),
+            category,
+            self._place.file,
+            self._place.line,
         )
 
     def count(self, option: str, value: object, *, least: int) -> int:

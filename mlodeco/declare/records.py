@@ -98,7 +98,7 @@ class ValidationDeclaration:
     every: int
     data: Any
     monitor: str | None
-    mode: str
+    mode: str | None
     patience: int | None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, Token
@@ -21,7 +22,7 @@ from mlodeco.declare.records import (
 )
 from mlodeco.declare.site import Site, locate
 from mlodeco.declare.sources import declare_source
-from mlodeco.errors import GraphError, RedeclarationWarning, RunError
+from mlodeco.errors import GraphError, ModuleWarning, RedeclarationWarning, RunError
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -64,6 +65,8 @@ LEVEL_OPTIONS: Final = (
     "rollback",
 )
 
+_LEVEL: Final = "@level('name', module=..., ...)"
+
 _current: ContextVar[Registry | None] = ContextVar("mlodeco_program", default=None)
 
 
@@ -89,7 +92,7 @@ class Registry:
 
     def level(
         self,
-        name: str,
+        name: str = "",
         *,
         lower: Iterable[str] = (),
         reads: Iterable[str] | Mapping[str, str] = (),
@@ -121,7 +124,8 @@ class Registry:
             module: an ``nn.Module``, a factory of one, a mapping of names to tensors,
                 or the name of another level whose module is shared.
             params: which parameters of the module this level optimizes: a predicate
-                on their names or an iterable of them. Default: all that require grad.
+                on their names, or an iterable of parameters or names. Default: all that
+                require grad.
             optimizer: from parameters to a ``torch.optim.Optimizer``, a function of an
                 argument ``module``, or an instance.
             scheduler: from the optimizer to a learning-rate scheduler, which steps once
@@ -145,6 +149,8 @@ class Registry:
         def decorate(function: F) -> F:
             site = locate(function)
             check = Checker("@level", name if isinstance(name, str) else None, site)
+            if name == "":
+                raise check.error("@level was used without a name.", remedy=f"write {_LEVEL}.")
             check.level_name(name)
             check.unknown(unknown, LEVEL_OPTIONS)
             check.function(function)
@@ -192,7 +198,7 @@ class Registry:
             self._add_level(declaration, check)
             return function
 
-        _refuse_bare("@level", name, "name", "@level('name', module=..., ...)")
+        _refuse_bare("@level", name, "name", _LEVEL)
         return decorate
 
     @overload
@@ -302,7 +308,7 @@ class Registry:
         every: int = 1,
         data: Any = None,
         monitor: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
         patience: int | None = None,
     ) -> Callable[[F], F]: ...
 
@@ -312,7 +318,7 @@ class Registry:
         every: int = 1,
         data: Any = None,
         monitor: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
         patience: int | None = None,
         **unknown: Any,
     ) -> Any:
@@ -327,7 +333,8 @@ class Registry:
             data: batches; the function is then called once per batch and its metrics
                 are averaged by the number of samples.
             monitor: the metric that decides which validation is the best.
-            mode: whether the smallest (``"min"``) or largest value is the best.
+            mode: whether its smallest (``"min"``) or its largest value (``"max"``) is the best;
+                needed with ``monitor``.
             patience: stop after this many validations in a row without a new best.
             **unknown: refused.
 
@@ -345,19 +352,27 @@ class Registry:
                 )
             check.function(function)
             check.unknown(unknown, ("every", "data", "monitor", "mode", "patience"))
-            check.choice("mode", mode, ("min", "max"))
+            if mode is not None:
+                check.choice("mode", mode, ("min", "max"))
             if monitor is not None and not isinstance(monitor, str):
                 raise check.error(
                     f"monitor={monitor!r}.",
                     expected="the name of a metric.",
                     remedy="name one of the metrics that the function returns.",
                 )
+            if monitor is not None and mode is None:
+                raise check.error(
+                    f"monitor={monitor!r} is set and mode is not.",
+                    expected="whether the smallest or the largest value is the best.",
+                    remedy=f"write monitor={monitor!r}, mode='min' for an error or a loss, "
+                    f"mode='max' for an accuracy.",
+                )
             if patience is not None:
                 check.count("patience", patience, least=1)
                 if monitor is None:
                     raise check.error(
                         "patience is set and monitor is not.",
-                        remedy="say which metric to watch: monitor='accuracy'.",
+                        remedy="say which metric to watch: monitor='accuracy', mode='max'.",
                     )
             declaration = ValidationDeclaration(
                 function=function,
@@ -573,6 +588,7 @@ def _module(check: Checker, name: str, module: Any) -> Any:
             remedy="name another level, or give a module.",
         )
     if isinstance(module, str | Mapping) or callable(module):
+        _warn_of_held_layers(check, module)
         return module
     raise check.error(
         f"module={module!r}.",
@@ -582,14 +598,36 @@ def _module(check: Checker, name: str, module: Any) -> Any:
     )
 
 
+def _warn_of_held_layers(check: Checker, module: Any) -> None:
+    """Warns of ``partial(nn.Sequential, nn.Linear(1, 32))``, which makes no layers anew."""
+    if not isinstance(module, functools.partial):
+        return
+    held = [*module.args, *module.keywords.values()]
+    if any(_has_parameters(value) for value in held):
+        check.warn(
+            "module= is a partial of layers that are there already: every use of it, and the "
+            "module after program.reset(), has the same ones.",
+            ModuleWarning,
+            remedy="build them in the factory, module=lambda: nn.Sequential(nn.Linear(...)), or "
+            "give the module itself.",
+        )
+
+
+def _has_parameters(value: Any) -> bool:
+    """Whether it is a module (not a class of them) with parameters."""
+    if isinstance(value, type) or not hasattr(value, "named_parameters"):
+        return False
+    return any(True for _ in value.parameters())
+
+
 def _params(check: Checker, params: Any) -> Any:
     if params is None or callable(params):
         return params
     if isinstance(params, str) or not isinstance(params, Iterable):
         raise check.error(
             f"params={params!r}.",
-            expected="a predicate on parameter names or an iterable of parameters.",
-            remedy="write params=lambda name: name.startswith('head'), or "
-            "params=model.head.parameters().",
+            expected="a predicate on parameter names, or an iterable of parameters or names.",
+            remedy="write params=lambda name: name.startswith('head'), "
+            "params=['head.weight', 'head.bias'], or params=model.head.parameters().",
         )
     return tuple(params)

@@ -19,7 +19,8 @@ class StepRecord:
         step: its own step, from 1.
         loss: its loss before the step, averaged over micro-batches.
         grad_norm: the norm of its (hyper)gradient before clipping.
-        learning_rate: that of the optimizer's first group, at this step.
+        learning_rate: that of the optimizer's first group, at this step; not a number for an
+            optimizer without one.
         metrics: what its function returned or logged beside the loss.
         solves: for each linear solve (level, method, steps, residual, status in words).
         cosine: of the angle between the hypergradient and that of the level's last step; near

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.errors import GraphError, ModuleError, did_you_mean, quoted
+from mlodeco.runtime.notes import noted
 
 
 def materialize(
@@ -56,7 +57,8 @@ def _owner(name: str, declarations: Mapping[str, LevelDeclaration]) -> str:
 def _make(declaration: LevelDeclaration) -> nn.Module:
     module = declaration.module
     if not isinstance(module, nn.Module | Mapping):
-        module = module()
+        with noted("module=", f"level {declaration.name!r} ({declaration.site})"):
+            module = module()
     if isinstance(module, Mapping) and not isinstance(module, nn.Module):
         module = _from_mapping(declaration, module)
     if not isinstance(module, nn.Module):
@@ -115,12 +117,14 @@ def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[
     elif callable(params):
         chosen = {name: p for name, p in named.items() if params(name)}
     else:
-        wanted = {id(p) for p in params}
+        wanted = {id(_parameter(declaration, module, one)) for one in params}
         chosen = {name: p for name, p in named.items() if id(p) in wanted}
-        if len(chosen) < len(wanted):
+        missing = len(wanted) - len(chosen)
+        if missing:
+            entries = "1 entry that is not a parameter" if missing == 1 else ""
             raise _error(
                 declaration,
-                f"params= has {len(wanted) - len(chosen)} entries that are not parameters of "
+                f"params= has {entries or f'{missing} entries that are not parameters'} of "
                 "the level's module.",
                 f"select among its parameters: {quoted(named)}.",
             )
@@ -147,6 +151,22 @@ def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[
     return chosen
 
 
+def _parameter(declaration: LevelDeclaration, module: nn.Module, entry: Any) -> Any:
+    """What an entry of ``params=`` stands for: the parameter of that name, or itself."""
+    if not isinstance(entry, str):
+        return entry
+    named = dict(module.named_parameters(remove_duplicate=False))
+    if entry not in named:
+        parts = [name for name in named if name.startswith(f"{entry}.")]
+        hint = f" Did you mean {quoted(parts)}?" if parts else did_you_mean(entry, named)
+        raise _error(
+            declaration,
+            f"params= names {entry!r}, which is not a parameter of the level's module.",
+            f"select among its parameters: {quoted(named)}.{hint}",
+        )
+    return named[entry]
+
+
 def find_owners(
     declarations: Mapping[str, LevelDeclaration],
     owned: Mapping[str, Mapping[str, nn.Parameter]],
@@ -165,7 +185,9 @@ def find_owners(
                     declarations[level],
                     f"the parameter {name!r} is optimized by level {other[0]!r} too.",
                     "divide the module's parameters between the levels by params=, "
-                    f"e.g. params=lambda name: name != {name!r}.",
+                    f"e.g. params=lambda name: name != {name!r}; or, if each is to have its own, "
+                    "build the layers in the factory: "
+                    "module=lambda: nn.Sequential(nn.Linear(...)).",
                 )
     return owners
 

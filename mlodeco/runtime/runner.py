@@ -366,10 +366,7 @@ class Runner:
                 name = validation.declaration.monitor or ""
                 self._best = Best(self.tick, name, metrics[name], metrics)
             if validation.is_exhausted:
-                self._stop_reason = (
-                    f"{validation.declaration.monitor!r} has not improved in "
-                    f"{validation.without_best} validations"
-                )
+                self._stop_reason = validation.why_exhausted
             self._hooks.fire("validate", ctx=ctx, metrics=metrics)
             self._stop_reason = self._stop_reason or ctx.stop_reason
             record = ValidationRecord(self.tick, {**metrics, **_numbers(ctx.logged)})

@@ -62,8 +62,8 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """The optimizer's, in its first group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The optimizer's, in its first group; not a number for an optimizer without one."""
+        return float(self.optimizer.param_groups[0].get("lr", math.nan))
 
     def draw(self, sources: Sequence[Mapping[str, Any]]) -> tuple[tuple[Drawn, ...], bool]:
         """The micro-batches of one step, and whether a pass over the data ended.

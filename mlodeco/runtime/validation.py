@@ -116,3 +116,11 @@ class Validation:
         """Whether the patience has run out."""
         patience = self.declaration.patience
         return patience is not None and self.without_best >= patience
+
+    @property
+    def why_exhausted(self) -> str:
+        """What was waited for in vain."""
+        sought = "smaller" if self.declaration.mode == "min" else "larger"
+        many = "validation" if self.without_best == 1 else "validations"
+        name = self.declaration.monitor
+        return f"{name!r} has not become {sought} in {self.without_best} {many}"
