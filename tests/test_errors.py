@@ -38,7 +38,7 @@ from mlodeco.errors import (
     OptimizerError,
     RunError,
 )
-from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity, Neumann
+from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity, Neumann, Nystrom
 
 sgd = functools.partial(SGD, lr=0.05, momentum=0.9)
 
@@ -124,6 +124,19 @@ class Bilevel:
 
 def new_loss(own):
     return size(own)
+
+
+def of_task(own, item):
+    return size(own) * item
+
+
+def run_alone(function: Callable[..., Any], *, source: bool = False, **options: Any) -> Any:
+    """Runs a program of one level ``new``, perhaps with a source ``task``."""
+    program = Program()
+    if source:
+        program.source("task")([1.0])
+    program.level("new", module={"x": torch.zeros(2)}, optimizer=sgd, **options)(function)
+    return run(program)
 
 
 def run(program: Program, **options: Any) -> Any:
@@ -276,6 +289,22 @@ def of_levels() -> list[Mistake]:
             "low",
         ),
         Mistake(
+            "reads of nothing there is",
+            lambda g: run_alone(new_loss, reads=["zz"]),
+            BindingError,
+            "'zz', no level or source",
+            "name a declared level or source",
+            "new",
+        ),
+        Mistake(
+            "reads of a misspelt source",
+            lambda g: run_alone(of_task, source=True, reads={"item": "tsak"}),
+            BindingError,
+            "'tsak', no level or source",
+            "Did you mean 'task'?",
+            "new",
+        ),
+        Mistake(
             "reads of an argument that is not there",
             lambda g: g.run(low={"reads": {"othr": "top"}}),
             BindingError,
@@ -296,7 +325,7 @@ def of_levels() -> list[Mistake]:
             lambda g: g.run(low={"function": unmatched, "reads": ()}),
             BindingError,
             "'teacher'",
-            "reads={'teacher': 'level'}",
+            "declare a level or a source of that name, map it by reads={'teacher': 'name'}",
             "low",
         ),
         Mistake(
@@ -484,6 +513,14 @@ def of_options() -> list[Mistake]:
     ]
 
 
+def short_solver(b):
+    return b
+
+
+def idle_solver(matvec, b):
+    matvec(b)
+
+
 def of_methods() -> list[Mistake]:
     def bad(make: Callable[[], Any], culprit: str, remedy: str) -> Mistake:
         return Mistake(culprit, lambda g: make(), MethodError, culprit, remedy, located=False)
@@ -561,6 +598,46 @@ def of_methods() -> list[Mistake]:
         bad(lambda: Neumann(step_size="atuo"), "Neumann(step_size='atuo')", "above zero"),
         bad(lambda: Neumann(power_steps=0), "Neumann(power_steps=0)", "power_steps=1"),
         bad(lambda: CG(max_steps=0), "CG(max_steps=0)", "max_steps=1"),
+        bad(lambda: CG(10), "CG(10) does not name", "write CG(max_steps=10)."),
+        bad(lambda: CG(0.1), "CG(0.1) does not name", "write CG(damping=0.1)."),
+        bad(lambda: CG("forward"), "CG('forward') does", "write CG(product='forward')."),
+        bad(lambda: Neumann(10, 0.1), "Neumann(10, 0.1)", "write Neumann(num_terms=10)."),
+        bad(lambda: Nystrom(5), "Nystrom(5) does not name", "write Nystrom(rank=5)."),
+        bad(lambda: Dense(9), "Dense(9) does not name", "write Dense(max_size=9)."),
+        bad(lambda: Identity(2), "Identity(2) does not name", "write Identity(scale=2)."),
+        bad(lambda: CG(num_terms=4), "'num_terms'", "Perhaps CG(max_steps=4) is meant."),
+        bad(lambda: CG(dampign=1), "'dampign'", "Did you mean 'damping'?"),
+        bad(lambda: Identity(damping=1), "no option 'damping'", "correct or remove it."),
+        bad(
+            lambda: CG(curvature_batch=0),
+            "CG(curvature_batch=0)",
+            "curvature_batch=1.0 for the whole",
+        ),
+        Mistake(
+            "a negative damping of check()",
+            lambda g: mlodeco.check("top", program=g.program, damping=-1),
+            RunError,
+            "damping=-1.",
+            "leave it out",
+            located=False,
+        ),
+        Mistake(
+            "a solver without a right-hand side",
+            lambda g: g.run(top={"hypergrad": short_solver}),
+            MethodError,
+            "the method 'short_solver' (test_errors.py:",
+            "the product with the Hessian and the right-hand side",
+            "top",
+        ),
+        Mistake(
+            "a solver that returns nothing",
+            lambda g: g.run(top={"hypergrad": idle_solver}),
+            MethodError,
+            "the method 'idle_solver' (test_errors.py:",
+            "return a dictionary",
+            "low",
+            after_steps=True,
+        ),
         bad(lambda: CG(rtol=-1.0), "CG(rtol=-1.0)", "of at least zero"),
         bad(lambda: CG(damping=float("nan")), "CG(damping=nan)", "of at least zero"),
         bad(lambda: CG(product="revers"), "CG(product='revers')", "Did you mean 'reverse'?"),
@@ -624,7 +701,6 @@ def of_losses() -> list[Mistake]:
     def of_the_batch_alone(own, batch, other):
         return batch[0].sum()
 
-    scalar = "'loss': scalar"
     unused = "depends on none of the level's parameters"
     table: list[tuple[Callable[..., Any], type[MlodecoError], str, str]] = [
         (vector, LossError, "shape (2,)", "losses.mean()"),
@@ -632,7 +708,7 @@ def of_losses() -> list[Mistake]:
         (item, LossError, "returned float", "without .item()"),
         (integer, LossError, "torch.int64", "floating point"),
         (without_loss, LossError, "without 'loss': ['lss']", "return {'loss': loss"),
-        (pair, LossError, "returned tuple", scalar),
+        (pair, LossError, "a loss and Tensor in a tuple", "must be a dictionary of metrics"),
         (nan, NonFiniteError, "the loss is nan", "learning rate"),
         (inf, NonFiniteError, "the loss is inf", "division by zero"),
         (backward, LossError, "calls .backward()", "return the loss"),
@@ -1041,7 +1117,7 @@ def of_runs() -> list[Mistake]:
             "a metric that is text",
             validating(lambda low: {"accuracy": "good"}),
             LossError,
-            "'accuracy' is a str",
+            "'accuracy' of the validation '<lambda>' is a str",
             "return numbers",
             after_steps=True,
         ),
@@ -1052,6 +1128,13 @@ def of_runs() -> list[Mistake]:
             "'acuracy'",
             "Did you mean 'accuracy'?",
             after_steps=True,
+        ),
+        Mistake(
+            "a validation with batch and without data",
+            validating(lambda low, batch: {"accuracy": 0.5}),
+            BindingError,
+            "the validation '<lambda>' asks for 'batch'",
+            "give data= to @validate",
         ),
         Mistake(
             "empty validation data",
@@ -1365,8 +1448,11 @@ def test_error_of_a_hook_and_of_a_validation_say_where_they_come_from():
         raise SnagError
 
     for declare, words in (
-        (lambda p: p.on("before_step", "top")(broken), "hook on 'before_step' (test_errors.py:"),
-        (lambda p: p.validate(broken), "validation (test_errors.py:"),
+        (
+            lambda p: p.on("before_step", "top")(broken),
+            "hook 'broken' on 'before_step' (test_errors.py:",
+        ),
+        (lambda p: p.validate(broken), "validation 'broken' (test_errors.py:"),
     ):
         program = good.declare()
         declare(program)

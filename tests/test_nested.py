@@ -565,9 +565,17 @@ def test_methods_that_are_no_linear_solvers_are_refused(method):
     program = Quadratics(*chain(3)).program()
     with pytest.raises(MethodError, match="is not a linear solver") as raised:
         mlodeco.hypergradient("n2", program=program, hypergrad=method, nested=True)
-    assert raised.value.level in ("n0", "n1")
+    assert raised.value.level in ("n1", "n2")
     assert raised.value.site
     assert "CG()" in raised.value.remedy
+
+
+def test_a_method_that_is_no_linear_solver_is_refused_where_it_was_given():
+    program = Quadratics(*chain(3)).program(n1={"hypergrad": Sama()}, n2={"hypergrad": "cg"})
+    with pytest.raises(MethodError, match=r"Sama, by which .* through 'n0'") as raised:
+        mlodeco.hypergradient("n2", program=program, nested=True)
+    assert raised.value.level == "n1"
+    assert raised.value.site == str(program.levels["n1"].site)
 
 
 def test_none_closes_an_edge():

@@ -95,9 +95,10 @@ def test_plain_shows_the_newest_validation_and_the_last():
     lines = stream.getvalue().splitlines()
     assert "m 0.25" not in lines[2]
     assert "m 0.25" in lines[3]
-    assert "m 0.5" in lines[9]
-    assert "m 0.125" in lines[10]
-    assert len(lines) == 12
+    assert "m 0.5" in lines[8]
+    assert "m 0.125" in lines[9]
+    assert [line.split()[1] for line in lines[:10]] == [f"{n}/20" for n in range(2, 21, 2)]
+    assert len(lines) == 11
 
 
 def test_plain_counts_the_steps_of_this_run():

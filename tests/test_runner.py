@@ -914,8 +914,8 @@ def test_metrics_of_a_loss_are_in_the_history():
     assert history.losses("low") == [r["loss"] for r in rows if r["level"] == "low"]
     assert len(history.metric("x")) == 2
     assert history.metric("x")[-1] == program.module("low").x.item()
-    assert history.metric("unknown") == []
     (solve,) = history.of("top")[0].solves
+    assert (solve.level, solve.method, solve.steps) == tuple(solve)[:3]
     assert solve[:3] == ("low", "Identity", 0)
     assert history.of("low")[0].solves == ()
 
@@ -1160,3 +1160,56 @@ def test_a_trained_module_can_be_frozen_and_the_others_looked_at():
     assert program.module("b") is program.module("b")
     with pytest.raises(mlodeco.errors.GraphError, match="'c'"):
         program.module("c")
+
+
+def two_levels():
+    program = Program()
+    sgd = partial(SGD, lr=0.1)
+    program.level("low", module={"x": torch.ones(2)}, optimizer=sgd, inner_steps=3)(
+        lambda m, top: ((m.x - top.x) ** 2).sum()
+    )
+    program.level("top", lower=["low"], module={"x": torch.zeros(2)}, optimizer=sgd)(
+        lambda m, low: (low.x**2).sum()
+    )
+    program.validate(every=5)(lambda: {"accuracy": 0.5})
+    return program
+
+
+def test_a_history_knows_the_names_of_levels_and_metrics():
+    runner = Runner(two_levels())
+    assert runner.history.metric("accuracy") == []
+    runner.step()
+    history = runner.history
+    assert history.of("top") == history.losses("top") == []
+    for look in (history.of, history.losses):
+        with pytest.raises(RunError, match="no level 'tpo'") as caught:
+            look("tpo")
+        assert "Did you mean 'top'?" in caught.value.remedy
+        assert "'low', 'top'" in caught.value.expected
+    runner.run(4)
+    assert history.metric("accuracy") == [0.5]
+    with pytest.raises(RunError, match="no validation metric 'acuracy'") as caught:
+        history.metric("acuracy")
+    assert "Did you mean 'accuracy'?" in caught.value.remedy
+
+
+def test_a_history_without_validations_has_no_metrics():
+    program = Program()
+    program.level("low", module={"x": torch.ones(2)}, optimizer=partial(SGD, lr=0.1))(
+        lambda m: m.x.sum()
+    )
+    with pytest.raises(RunError, match="'accuracy'") as caught:
+        run(program, 1).history.metric("accuracy")
+    assert "@validate" in caught.value.expected
+
+
+def test_short_texts_of_program_runner_and_history():
+    program = two_levels()
+    assert repr(program) == "<Program: levels 'low', 'top'; 1 validation>"
+    assert repr(Program()) == "<Program: levels none>"
+    runner = Runner(program)
+    assert repr(runner) == "<Runner: levels 'low', 'top'; 0 ticks run>"
+    assert repr(runner.history).startswith("<History: 0 ticks, 0 level steps, 0 validations;")
+    runner.run(3)
+    assert repr(runner) == "<Runner: levels 'low', 'top'; 3 ticks run>"
+    assert repr(runner.history).startswith("<History: 3 ticks, 4 level steps, 1 validation; ")

@@ -26,7 +26,7 @@ from mlodeco.calculus.point import Point
 from mlodeco.calculus.response import Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
-from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, require_finite_tree
+from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, require_finite_tree, solving_for
 from mlodeco.errors import MethodError
 from mlodeco.graph import NestPlan
 from mlodeco.tree import Tree, add, is_zero, norm, restrict, zeros_like
@@ -83,6 +83,7 @@ class _Nest:
         points: Mapping[str, Point],
         methods: Mapping[tuple[str, str], Any],
     ) -> None:
+        _require_solvers(plan, points, methods)
         self._plan = plan
         self._points = points
         self._methods = methods
@@ -182,7 +183,7 @@ class _Nest:
         """``H^-1`` by a method, its graph kept for all uses."""
         if (level, number) not in self._inverses:
             method, point = self._distinct[number], self._points[level]
-            solver = _solver(method, point)
+            solver: Solver = method
             own = live(point.values[level])
             damping = float(getattr(method, "damping", 0.0))
             total = self._total_gradient(level, {level: own}, 1, damping)
@@ -226,19 +227,29 @@ def _located(point: Point) -> Iterator[None]:
         ) from error
 
 
-def _solver(method: Any, point: Point) -> Solver:
-    if not hasattr(method, "solve"):
-        raise MethodError(
-            f"nested=True differentiates through the inverse of each level's total Hessian, and "
-            f"{type(method).__name__} is not a linear solver.",
-            expected="a method with solve(matvec, b), such as CG, MINRES, GMRES, Neumann, Nystrom, "
-            "Dense or Identity.",
-            remedy="use CG() for the levels above this one, or leave nested out.",
-            level=point.loss.level,
-            site=point.loss.site,
-        )
-    solver: Solver = method
-    return solver
+def _require_solvers(
+    plan: NestPlan, points: Mapping[str, Point], methods: Mapping[tuple[str, str], Any]
+) -> None:
+    """Refuses methods that solve no linear system, at the level whose option they are.
+
+    Raises:
+        MethodError: there is one.
+    """
+    for name in plan.levels:
+        for low in plan.responses[name]:
+            upper, lower = plan.via[name, low]
+            method = methods[upper, lower]
+            if not hasattr(method, "solve"):
+                raise MethodError(
+                    "nested=True differentiates through the inverse of each level's total Hessian, "
+                    f"and {type(method).__name__}, by which this level differentiates through "
+                    f"{lower!r}, is not a linear solver.",
+                    expected="a method with solve(matvec, b), such as CG, MINRES, GMRES, Neumann, "
+                    "Nystrom, Dense or Identity.",
+                    remedy="use hypergrad=CG() for this level, or leave nested out.",
+                    level=upper,
+                    site=points[upper].loss.site,
+                )
 
 
 @dataclass(frozen=True)
@@ -267,7 +278,8 @@ class _Inverse:
         if is_zero(b):
             return zeros_like(b)
         require_finite_tree(b, self.point, "the cotangent that reaches the level")
-        solution = self.solver.solve(self._product, b)
+        with solving_for(self.point):
+            solution = self.solver.solve(self._product, b)
         what = f"the solution of {type(self.solver).__name__} ({solution.status.value})"
         require_finite_tree(solution.value, self.point, what)
         self.report(solution)

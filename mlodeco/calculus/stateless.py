@@ -204,6 +204,12 @@ def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, A
             )
         loss = returned["loss"]
         metrics = {key: value for key, value in returned.items() if key != "loss"}
+    if isinstance(loss, tuple) and loss and isinstance(loss[0], Tensor):
+        rest = ", ".join(type(part).__name__ for part in loss[1:])
+        raise refuse(
+            f"the function returned a loss and {rest or 'nothing else'} in a tuple.",
+            "the second part must be a dictionary of metrics: return loss, {'name': value}.",
+        )
     if loss is None:
         raise refuse(
             "the function returned None.",

@@ -8,7 +8,8 @@ responses that read the top level are added up. Choe et al., ICLR 2023, arXiv:22
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.response import Method, Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
-from mlodeco.errors import NonFiniteError
+from mlodeco.errors import MethodError, NonFiniteError
 from mlodeco.graph import SweepPlan
 from mlodeco.tree import Tree, add, norm, scale
 
@@ -95,7 +96,8 @@ def sweep(
             problem = LowerProblem(points[visit.level], visit.level, targets, memory)
             parts.append((cotangent, problem, "the cotangent that reaches the level"))
             _require_finite(cotangent, parts)
-            response = method.respond(problem, cotangent)
+            with solving_for(problem.point):
+                response = method.respond(problem, cotangent)
             what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
             parts.append((response.solution.value, problem, what))
             solves.append(Solve(visit.level, method, response.solution))
@@ -183,6 +185,27 @@ def are_same(left: Method, right: Method) -> bool:
     kind = type(left)
     is_known = kind is type(right) and kind.__module__.startswith("mlodeco.hypergrad.")
     return left is right or (is_known and left == right)
+
+
+@contextmanager
+def solving_for(point: Point) -> Iterator[None]:
+    """Adds the level of ``point`` to a method's own refusal, which does not know it.
+
+    Raises:
+        MethodError: the method refused.
+    """
+    try:
+        yield
+    except MethodError as error:
+        if error.level is not None:
+            raise
+        raise MethodError(
+            error.found,
+            expected=error.expected,
+            remedy=error.remedy,
+            level=point.loss.level,
+            site=point.loss.site,
+        ) from error.__cause__
 
 
 def _require_finite(tree: Tree, parts: list[_Part]) -> float:

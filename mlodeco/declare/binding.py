@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -175,8 +175,8 @@ def _refuse_unmatched(
         f"argument {parameter.name!r} names no level, source, field or loader.",
         expected=f"one of {quoted(known)}; the level's own module is the first argument or named "
         f"{declaration.name!r}.",
-        remedy="rename the argument, declare a level of that name, map it by "
-        f"reads={{{parameter.name!r}: 'level'}}, or give it a default of its own."
+        remedy="rename the argument, declare a level or a source of that name, map it by "
+        f"reads={{{parameter.name!r}: 'name'}} to one, or give it a default of its own."
         f"{did_you_mean(parameter.name, known)}",
         level=declaration.name,
         site=str(declaration.site),
@@ -212,11 +212,14 @@ def _refuse_unknown_reads(
     read = (name for name in declaration.argument_reads.values() if name not in sources)
     for name in (*read, *declaration.extra_reads):
         if name == declaration.name or name not in levels:
-            what = "the level itself" if name == declaration.name else "an unknown level"
+            what = "the level itself" if name == declaration.name else "no level or source"
+            others = [*(n for n in levels if n != declaration.name), *sources]
             raise BindingError(
                 f"reads= names {name!r}, {what}.",
-                expected=f"another level: {quoted(n for n in levels if n != declaration.name)}.",
-                remedy=f"name a declared level.{did_you_mean(name, (*levels, *sources))}",
+                expected=f"one of {quoted(others)}."
+                if others
+                else "another level or a source; the program has none.",
+                remedy=f"name a declared level or source.{did_you_mean(name, others)}",
                 level=declaration.name,
                 site=str(declaration.site),
             )
@@ -241,9 +244,23 @@ def _refuse_shared_names(
 
 
 def bind_offered(
-    function: Function, offered: Iterable[str], *, what: str, site: Site, source: str | None = None
+    function: Function,
+    offered: Iterable[str],
+    *,
+    what: str,
+    site: Site,
+    source: str | None = None,
+    remedies: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """The names, among those offered, that a hook, validation or source asks for.
+
+    Args:
+        function: the function.
+        offered: the names.
+        what: it, in words.
+        site: its place.
+        source: the source that it gives items of.
+        remedies: how names that are not offered would be.
 
     Raises:
         BindingError: it asks for something that is not offered.
@@ -261,7 +278,8 @@ def bind_offered(
             raise BindingError(
                 f"{what} asks for {parameter.name!r}, which is not offered to it.",
                 expected=f"any of {quoted(known)}.",
-                remedy=f"rename or remove the argument.{did_you_mean(parameter.name, known)}",
+                remedy=(remedies or {}).get(parameter.name)
+                or f"rename or remove the argument.{did_you_mean(parameter.name, known)}",
                 source=source,
                 site=str(site),
             )

@@ -22,7 +22,14 @@ from mlodeco.declare.records import (
 )
 from mlodeco.declare.site import Site, locate
 from mlodeco.declare.sources import declare_source
-from mlodeco.errors import GraphError, ModuleWarning, RedeclarationWarning, RunError
+from mlodeco.errors import (
+    GraphError,
+    ModuleWarning,
+    RedeclarationWarning,
+    RunError,
+    counted,
+    quoted,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -424,6 +431,17 @@ class Registry:
 
         _refuse_bare("@method", name, "name", "@method('name')")
         return decorate
+
+    def __repr__(self) -> str:
+        parts = [
+            (self.sources, "source"),
+            (self.hooks, "hook"),
+            (self.validations, "validation"),
+            (self.methods, "method"),
+        ]
+        others = ", ".join(counted(len(part), what) for part, what in parts if part)
+        levels = f"levels {quoted(self.levels)}"
+        return f"<{type(self).__name__}: {'; '.join(filter(None, (levels, others)))}>"
 
     def __enter__(self) -> Self:
         self._tokens.append(_current.set(self))

@@ -24,6 +24,11 @@ class Site:
         return f"{os.path.basename(self.file)}:{self.line}"
 
     @property
+    def name(self) -> str:
+        """The function's own name, without those of what it is defined in."""
+        return self.qualname.rpartition(".")[2]
+
+    @property
     def interactive(self) -> bool:
         """Whether it was typed at a prompt or in a notebook cell."""
         typed = self.file.startswith("<") or "ipykernel" in self.file

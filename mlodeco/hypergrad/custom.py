@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mlodeco.calculus.response import Solution, Status
+from mlodeco.declare.site import locate
 from mlodeco.errors import MethodError, quoted
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.tree import Tree
@@ -47,9 +48,10 @@ class Custom(Implicit):
 
     def _check(self, x: object, b: Tree) -> None:
         remedy = "return a dictionary with the keys and shapes of b."
+        what = f"the method {self.name!r} ({locate(self.solver)})"
         if not isinstance(x, Mapping) or not all(isinstance(v, Tensor) for v in x.values()):
             raise MethodError(
-                f"the method {self.name!r} returned {type(x).__name__}.",
+                f"{what} returned {type(x).__name__}.",
                 expected="a dictionary of tensors.",
                 remedy=remedy,
             )
@@ -57,7 +59,7 @@ class Custom(Implicit):
             if key not in x or x[key].shape != value.shape:
                 shape = tuple(x[key].shape) if key in x else "no such key"
                 raise MethodError(
-                    f"the method {self.name!r} returned {shape} for {key!r}.",
+                    f"{what} returned {shape} for {key!r}.",
                     expected=f"the shape {tuple(value.shape)}; keys {quoted(b)}.",
                     remedy=remedy,
                 )

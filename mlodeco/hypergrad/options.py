@@ -24,13 +24,34 @@ class Options:
         known = [field.name for field in fields(record) if field.init]
         wrong = next((name for name in options if name not in known), None)
         if wrong is not None or values:
-            found = f"has no option {wrong!r}" if values == () else f"was given {values!r} unnamed"
-            raise MethodError(
-                f"{cls.__name__} {found}.",
-                expected=f"options by name: {quoted(known)}.",
-                remedy=f"correct it.{did_you_mean(wrong or '', known)}",
-            )
+            if values:
+                given = ", ".join(map(repr, values))
+                found = f"{cls.__name__}({given}) does not name its options."
+                remedy = f"write {_spelt(record, values[0])}."
+            else:
+                found = f"{cls.__name__} has no option {wrong!r}."
+                hint = did_you_mean(str(wrong), known)
+                remedy = f"correct or remove it.{hint or _instead(record, options[str(wrong)])}"
+            raise MethodError(found, expected=f"options by name: {quoted(known)}.", remedy=remedy)
         return super().__new__(cls)
+
+
+def _spelt(record: Any, value: object) -> str:
+    """How a value would be given, to the first option whose default is of its kind."""
+    options = [field for field in fields(record) if field.init]
+    for kinds in (type(value),), (float if isinstance(value, int) else type(value),):
+        for option in options:
+            if isinstance(option.default, kinds) and not isinstance(option.default, bool):
+                return f"{record.__name__}({option.name}={value!r})"
+    return f"{record.__name__}({options[0].name}=...)"
+
+
+def _instead(record: Any, value: object) -> str:
+    """The option that an integer was perhaps meant for: a number of steps, terms or columns."""
+    is_count = as_integer(value) is not None and any(
+        as_integer(field.default) is not None for field in fields(record)
+    )
+    return f" Perhaps {_spelt(record, value)} is meant." if is_count else ""
 
 
 def check_count(method: object, option: str, value: object, least: int = 1) -> None:
@@ -69,8 +90,8 @@ def check_flag(method: object, option: str, value: object) -> None:
 
 def check_fraction(method: object, option: str, value: object) -> None:
     """Refuses what is not a number above zero and at most one."""
-    check_number(method, option, value, positive=True)
-    if value > 1:  # type: ignore[operator]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:  # type: ignore[operator]
         raise MethodError(
             f"{type(method).__name__}({option}={value!r}).",
             expected="a number above zero and at most one.",

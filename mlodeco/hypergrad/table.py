@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 from mlodeco.calculus.response import Method
+from mlodeco.declare.site import locate
 from mlodeco.errors import MethodError, did_you_mean, quoted
 from mlodeco.hypergrad.cg import CG
 from mlodeco.hypergrad.converged import Converged
@@ -107,10 +108,10 @@ def _from_object(name: str, value: Any, level: str | None, site: str | None) -> 
     if hasattr(value, "respond"):
         method: Method = value
         return method
-    if hasattr(value, "solve"):
-        return Custom(name=name, solver=value.solve)
-    if callable(value):
-        return Custom(name=name, solver=value)
+    solver = getattr(value, "solve", value)
+    if callable(solver):
+        _check_signature(name, solver, level, site)
+        return Custom(name=name, solver=solver)
     raise MethodError(
         f"hypergrad={value!r} is not a method.",
         expected="a name, a method object such as Neumann(num_terms=10), a function "
@@ -119,3 +120,20 @@ def _from_object(name: str, value: Any, level: str | None, site: str | None) -> 
         level=level,
         site=site,
     )
+
+
+def _check_signature(name: str, solver: Any, level: str | None, site: str | None) -> None:
+    try:
+        signature = inspect.signature(solver)
+    except (TypeError, ValueError):  # it has none to look at
+        return
+    try:
+        signature.bind("matvec", "b")
+    except TypeError as error:
+        raise MethodError(
+            f"the method {name!r} ({locate(solver)}) has the arguments {signature}.",
+            expected="solve(matvec, b) -> x.",
+            remedy="take the product with the Hessian and the right-hand side, in this order.",
+            level=level,
+            site=site,
+        ) from error

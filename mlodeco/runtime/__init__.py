@@ -4,7 +4,7 @@ from accelerate import Accelerator
 
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord
+from mlodeco.runtime.history import History, SolveRecord, StepRecord, Tick, ValidationRecord
 from mlodeco.runtime.runner import Best, Listener, Result, Runner
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Listener",
     "Result",
     "Runner",
+    "SolveRecord",
     "StepRecord",
     "Tick",
     "ValidationRecord",

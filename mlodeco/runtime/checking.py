@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -122,6 +123,7 @@ def compare(
     nested: bool,
 ) -> Findings:
     """Compares the methods of a level's sweep with converged ones; changes nothing."""
+    _check_damping(damping)
     built, methods, given = prepare(level, batches, program, hypergrad)
     reference = {
         edge: Converged(damping=_damping_of(method) if damping is None else damping)
@@ -143,6 +145,22 @@ def compare(
         involved.update(dict.fromkeys(levels_involved(built, level, dict(reference), nested=True)))
     items = find_batches(built, tuple(involved), given)
     return _Checker(built, plan, items, methods, reference).findings(nested=nested)
+
+
+def _check_damping(damping: object) -> None:
+    """Refuses what is not a finite number of at least zero, or None.
+
+    Raises:
+        RunError: it is not.
+    """
+    number = isinstance(damping, int | float) and not isinstance(damping, bool)
+    if damping is not None and not (number and 0 <= damping < math.inf):  # type: ignore[operator]
+        raise RunError(
+            f"damping={damping!r}.",
+            expected="a finite number of at least zero, added to the diagonal in the reference.",
+            remedy="set damping=0.01, for instance, or leave it out for that of each edge's "
+            "method.",
+        )
 
 
 def _damping_of(method: Method | None) -> float:

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from mlodeco.errors import RunError, counted, did_you_mean, quoted
+
+
+class SolveRecord(NamedTuple):
+    """One linear solve of a step.
+
+    Attributes:
+        level: the level that was differentiated through.
+        method: the method's name.
+        steps: how many steps or terms it took.
+        residual: relative to the right-hand side; None if not computed.
+        status: how it ended, in words.
+    """
+
+    level: str
+    method: str
+    steps: int
+    residual: float | None
+    status: str
 
 
 @dataclass(frozen=True)
@@ -22,7 +42,7 @@ class StepRecord:
         learning_rate: that of the optimizer's first group, at this step; not a number for an
             optimizer without one.
         metrics: what its function returned or logged beside the loss.
-        solves: for each linear solve (level, method, steps, residual, status in words).
+        solves: its linear solves.
         cosine: of the angle between the hypergradient and that of the level's last step; near
             one for a steady direction, near zero or below for noise. None for levels without
             lower levels and at the first step.
@@ -35,7 +55,7 @@ class StepRecord:
     grad_norm: float
     learning_rate: float
     metrics: dict[str, Any] = field(default_factory=dict)
-    solves: tuple[tuple[str, str, int, float | None, str], ...] = ()
+    solves: tuple[SolveRecord, ...] = ()
     cosine: float | None = None
 
 
@@ -57,23 +77,61 @@ class Tick:
 
 
 class History:
-    """All records of a run, in their order."""
+    """All records of a run, in their order.
 
-    def __init__(self) -> None:
+    Args:
+        levels: the names of the levels that may step.
+        is_validated: whether validations are to come, whose metrics are not known before.
+    """
+
+    def __init__(self, levels: Iterable[str] = (), *, is_validated: bool = False) -> None:
+        self._levels = tuple(levels)
+        self._is_validated = is_validated
         self.steps: list[StepRecord] = []
         self.validations: list[ValidationRecord] = []
 
     def of(self, level: str) -> list[StepRecord]:
-        """The steps of one level."""
-        return [record for record in self.steps if record.level == level]
+        """The steps of one level.
+
+        Raises:
+            RunError: there is no such level.
+        """
+        found = [record for record in self.steps if record.level == level]
+        if not found and level not in self._levels:
+            raise RunError(
+                f"the history has no level {level!r}.",
+                expected=f"one of {quoted(self._levels)}.",
+                remedy=f"correct the name.{did_you_mean(str(level), self._levels)}",
+            )
+        return found
 
     def losses(self, level: str) -> list[float]:
-        """The losses of one level."""
+        """The losses of one level.
+
+        Raises:
+            RunError: there is no such level.
+        """
         return [record.loss for record in self.of(level)]
 
     def metric(self, name: str) -> list[float]:
-        """The values of one validation metric."""
-        return [r.metrics[name] for r in self.validations if name in r.metrics]
+        """The values of one validation metric; none before the first validation.
+
+        Raises:
+            RunError: no validation has it.
+        """
+        found = [r.metrics[name] for r in self.validations if name in r.metrics]
+        if not found and (self.validations or not self._is_validated):
+            known = dict.fromkeys(key for r in self.validations for key in r.metrics)
+            raise RunError(
+                f"the history has no validation metric {name!r}.",
+                expected=f"one of {quoted(known)}."
+                if known
+                else "a metric that an @validate function returns; the program has none.",
+                remedy="correct the name, or return it from a validation; what a level's function "
+                "returns beside its loss is in the metrics of its steps, history.of(level)."
+                f"{did_you_mean(str(name), known)}",
+            )
+        return found
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The steps as flat dictionaries, for a table.
@@ -90,8 +148,10 @@ class History:
                 "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate,
                 "cosine": record.cosine,
-                "solver_steps": sum(solve[2] for solve in record.solves),
-                "residual": max((s[3] for s in record.solves if s[3] is not None), default=None),
+                "solver_steps": sum(solve.steps for solve in record.solves),
+                "residual": max(
+                    (s.residual for s in record.solves if s.residual is not None), default=None
+                ),
             }
             own = {f"metric_{k}" if k in columns else k: v for k, v in record.metrics.items()}
             yield {**own, **columns}
@@ -101,9 +161,11 @@ class History:
 
     def __repr__(self) -> str:
         last = {record.level: f"{record.loss:.4g}" for record in self.steps}
+        ticks = self.steps[-1].tick if self.steps else 0
         losses = ", ".join(f"{level} {loss}" for level, loss in last.items())
         return (
-            f"<History: {len(self.steps)} steps, {len(self.validations)} validations; "
+            f"<History: {counted(ticks, 'tick')}, {counted(len(self.steps), 'level step')}, "
+            f"{counted(len(self.validations), 'validation')}; "
             f"last losses: {losses or 'none'}>"
         )
 

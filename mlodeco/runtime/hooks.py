@@ -48,7 +48,8 @@ class Hooks:
         for declaration in registry.hooks:
             if declaration.level is not None and declaration.level not in built.levels:
                 raise GraphError(
-                    f"a hook names the level {declaration.level!r}, which is not known.",
+                    f"{describe_hook(declaration)} names the level {declaration.level!r}, "
+                    "which is not known.",
                     expected=f"one of {quoted(built.levels)}.",
                     remedy=f"correct it.{did_you_mean(declaration.level, built.levels)}",
                     site=str(declaration.site),
@@ -56,7 +57,7 @@ class Hooks:
             arguments = bind_offered(
                 declaration.function,
                 (*self._modules, *_OFFERS[declaration.event]),
-                what=f"the hook on {declaration.event!r}",
+                what=describe_hook(declaration),
                 site=declaration.site,
             )
             hook = _Hook(declaration, arguments)
@@ -84,7 +85,7 @@ class Hooks:
             try:
                 declaration.function(**{name: values[name] for name in hook.arguments})
             except Exception as error:
-                error.add_note(f"raised in the hook on {event!r} ({declaration.site})")
+                error.add_note(f"raised in {describe_hook(declaration)} ({declaration.site})")
                 raise
 
 
@@ -95,4 +96,20 @@ def bind_validation(declaration: ValidationDeclaration, levels: Iterable[str]) -
         BindingError: it asks for something that is not offered.
     """
     offered = (*levels, "ctx", *(("batch",) if declaration.data is not None else ()))
-    return bind_offered(declaration.function, offered, what="the validation", site=declaration.site)
+    return bind_offered(
+        declaration.function,
+        offered,
+        what=describe_validation(declaration),
+        site=declaration.site,
+        remedies={"batch": "give data= to @validate, or remove the argument."},
+    )
+
+
+def describe_hook(declaration: HookDeclaration) -> str:
+    """A hook in words, for messages that name its place as well."""
+    return f"the hook {declaration.site.name!r} on {declaration.event!r}"
+
+
+def describe_validation(declaration: ValidationDeclaration) -> str:
+    """A validation in words, for messages that name its place as well."""
+    return f"the validation {declaration.site.name!r}"

@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device, set_seed
 from mlodeco.calculus.randomness import SavedRandomness
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
-from mlodeco.errors import MlodecoError, RunError, quoted
+from mlodeco.errors import MlodecoError, RunError, counted, quoted
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
@@ -23,8 +23,15 @@ from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import compute_hypergradient, muted_context, probe_level
 from mlodeco.runtime.functional import check_nested
-from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord, as_number
-from mlodeco.runtime.hooks import Hooks
+from mlodeco.runtime.history import (
+    History,
+    SolveRecord,
+    StepRecord,
+    Tick,
+    ValidationRecord,
+    as_number,
+)
+from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
@@ -100,7 +107,7 @@ class Runner:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
             raise RunError(f"program={program!r} is not a Program.", remedy="pass a Program.")
-        self.history = History()
+        self.history: History
         self.listeners: list[Listener] = []
         self.tick = 0
         check_nested(nested)
@@ -133,6 +140,7 @@ class Runner:
         for trainer in self._trainers.values():
             trainer.level.reported.clear()
         self._sources = Sources(self.built, place)
+        self.history = History(self.built.levels, is_validated=bool(validations))
         self._hooks = hooks
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
@@ -146,6 +154,9 @@ class Runner:
         """Ticks without end, until something stops the run."""
         while self._stop_reason is None:
             yield self.step()
+
+    def __repr__(self) -> str:
+        return f"<Runner: levels {quoted(self.built.levels)}; {counted(self.tick, 'tick')} run>"
 
     def run(self, steps: int) -> Result:
         """Runs ``steps`` ticks more, or until something stops the run.
@@ -257,7 +268,7 @@ class Runner:
             learning_rate=rate,
             metrics=metrics,
             solves=tuple(
-                (
+                SolveRecord(
                     s.level,
                     describe(s.method),
                     s.solution.steps,
@@ -359,7 +370,8 @@ class Runner:
             try:
                 metrics = validation.run(ctx)
             except Exception as error:
-                error.add_note(f"raised in the validation ({validation.declaration.site})")
+                what = describe_validation(validation.declaration)
+                error.add_note(f"raised in {what} ({validation.declaration.site})")
                 raise
             validation.last_tick = self.tick
             if validation.judge(metrics):

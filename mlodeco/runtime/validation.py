@@ -11,12 +11,12 @@ from torch import nn
 
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.records import ValidationDeclaration
-from mlodeco.errors import DataError, LossError, did_you_mean, quoted
+from mlodeco.errors import DataError, LossError, counted, did_you_mean, quoted
 from mlodeco.runtime.build import Build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Placer, Where, count_samples, open_source, preserved_generators
 from mlodeco.runtime.history import as_number
-from mlodeco.runtime.hooks import bind_validation
+from mlodeco.runtime.hooks import bind_validation, describe_validation
 from mlodeco.runtime.modules import preserved_modes
 
 
@@ -59,17 +59,18 @@ class Validation:
                 sums[name] = sums.get(name, 0.0) + size * value
         if not samples:
             raise self._where.error(
-                "the validation data are empty.", "give at least one batch as data=."
+                f"the data of {describe_validation(self.declaration)} are empty.",
+                "give at least one batch as data=.",
             )
         return {name: value / samples for name, value in sums.items()}
 
     def _call(self, offered: Mapping[str, Any]) -> dict[str, float]:
         values = {**self._modules, **offered}
         found = self.declaration.function(**{name: values[name] for name in self._arguments})
-        site = str(self.declaration.site)
+        site, what = str(self.declaration.site), describe_validation(self.declaration)
         if not isinstance(found, Mapping):
             raise LossError(
-                f"the validation returned {type(found).__name__}.",
+                f"{what} returned {type(found).__name__}.",
                 expected="a dictionary of metrics.",
                 remedy="return {'accuracy': value}.",
                 site=site,
@@ -79,7 +80,7 @@ class Validation:
             number = as_number(value)
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise LossError(
-                    f"the validation's metric {name!r} is a {type(value).__name__}.",
+                    f"the metric {name!r} of {what} is a {type(value).__name__}.",
                     expected="a number.",
                     remedy="return numbers or tensors of one element.",
                     site=site,
@@ -98,7 +99,8 @@ class Validation:
             return False
         if name not in metrics:
             raise DataError(
-                f"monitor={name!r} is not among the metrics.",
+                f"monitor={name!r} is not among the metrics of "
+                f"{describe_validation(self.declaration)}.",
                 expected=f"one of {quoted(metrics)}.",
                 remedy=f"return it, or correct monitor=.{did_you_mean(name, metrics)}",
                 site=str(self.declaration.site),
@@ -121,6 +123,5 @@ class Validation:
     def why_exhausted(self) -> str:
         """What was waited for in vain."""
         sought = "smaller" if self.declaration.mode == "min" else "larger"
-        many = "validation" if self.without_best == 1 else "validations"
-        name = self.declaration.monitor
-        return f"{name!r} has not become {sought} in {self.without_best} {many}"
+        times = counted(self.without_best, "validation")
+        return f"{self.declaration.monitor!r} has not become {sought} in {times}"

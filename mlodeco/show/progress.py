@@ -82,11 +82,11 @@ class PlainDisplay:
         self._started = time.monotonic()
 
     def on_tick(self, tick: Tick) -> None:
-        """Prints a line at every tenth of the run."""
+        """Prints a line at every tenth of the run; the last waits for the validations."""
         self._latest.update(tick)
         done = tick.tick - self._first
         line = self._line(done)
-        if tick.steps and done % self._every == 0:
+        if tick.steps and done % self._every == 0 and done < self._steps:
             self._print(line)
             self._last = line
 
@@ -169,9 +169,9 @@ class LiveDisplay:
 def _cells(name: str, record: StepRecord) -> tuple[str, ...]:
     solve = ""
     if record.solves:
-        _, method, steps, residual, _ = record.solves[-1]
-        size = "" if residual is None else f" {residual:.1e}"
-        solve = f"{method} {steps}{size}"
+        last = record.solves[-1]
+        size = "" if last.residual is None else f" {last.residual:.1e}"
+        solve = f"{last.method} {last.steps}{size}"
     return (
         name,
         str(record.step),
