@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -36,7 +37,9 @@ class Seen:
     def __init__(self, function: Callable[..., Any], name: str = "low", **options: Any) -> None:
         self.calls: list[dict[str, Any]] = []
         self.program = Program()
-        chosen = {"module": vector, "optimizer": sgd, "data": [torch.ones(2)], **options}
+        chosen = {"module": vector, "optimizer": sgd, **options}
+        if "data" not in options and "batch" in signature(function).parameters:
+            chosen["data"] = [torch.ones(2)]
         self.program.level(name, **chosen)(function)
         self.program.level("other", module=vector, optimizer=sgd)(lambda m: square(m))
         self.name = name
@@ -193,7 +196,7 @@ class TestReads:
             got.append(batch)
             return square(model)
 
-        seen = Seen(loss, reads={"batch": "other"})
+        seen = Seen(loss, data=None, reads={"batch": "other"})
         seen.run()
         assert got[-1] is seen.module("other")
 

@@ -1228,7 +1228,7 @@ def test_a_level_without_a_name_is_refused():
 
 def test_leaves_a_program_usable_after_a_circle():
     program = Program()
-    common = {"optimizer": sgd, "data": [1.0]}
+    common = {"optimizer": sgd}
     program.level("one", lower=["two"], module={"x": torch.ones(1)}, **common)(
         lambda own, two: size(two) + size(own)
     )
@@ -1250,11 +1250,45 @@ def test_tells_a_first_step_that_computes_no_gradient_from_a_lower_level_in_a_ru
     assert bits("top", good.top) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "function", "words"),
+    [
+        ({"data": [1.0]}, new_loss, ("data= is given", "as an argument: batch")),
+        (
+            {"data": {"clean": [1.0], "noisy": [2.0]}},
+            new_loss,
+            ("data= is given", "as an argument: clean, noisy"),
+        ),
+        (
+            {"data": [(1.0, 2.0)], "fields": ("x", "y")},
+            lambda own, batch: size(own) * batch[0],
+            ("fields= is given", "as arguments: x, y"),
+        ),
+        ({"inner_steps": 4}, new_loss, ("inner_steps= is given", "add 'new' to lower=")),
+        ({"rollback": True}, new_loss, ("rollback= is given", "add 'new' to lower=")),
+    ],
+)
+def test_options_without_effect_are_told_of(options, function, words):
+    with pytest.warns(GraphWarning) as told:
+        run_alone(function, **options)
+    (warning,) = told
+    for part in ("level 'new' (test_errors.py:", *words):
+        assert part in str(warning.message)
+
+
+def test_data_that_a_hook_sees_are_not_idle():
+    for event, hook in (("before_step", lambda batch: None), ("epoch_end", lambda: None)):
+        program = Program()
+        program.level("new", module={"x": torch.zeros(2)}, optimizer=sgd, data=[1.0])(new_loss)
+        program.on(event, level="new")(hook)
+        run(program)
+
+
 class TestPathlessUppers:
     @staticmethod
     def declare(*, lower_reads: bool, upper_reads: bool, **options: Any) -> Program:
         program = Program()
-        program.level("low", module={"w": torch.ones(2)}, data=[1.0])(
+        program.level("low", module={"w": torch.ones(2)})(
             (lambda m, top: ((m.w - top.x) ** 2).sum())
             if lower_reads
             else (lambda m: (m.w**2).sum())

@@ -24,6 +24,8 @@ import mlodeco
 from mlodeco import Program
 from mlodeco.hypergrad import Dense, Identity
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* no level has:mlodeco.errors.GraphWarning")
+
 RATE, MOMENTUM = 0.05, 0.6
 METHODS = {"dense": Dense(), "identity": Identity(scale=0.3), "none": None}
 

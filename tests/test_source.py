@@ -1268,6 +1268,7 @@ def below(levels, name):
     return {*direct, *(deep for low in direct for deep in below(levels, low))}
 
 
+@pytest.mark.filterwarnings("ignore:.* no level has:mlodeco.errors.GraphWarning")
 @settings(max_examples=40, deadline=None)
 @given(programs(), st.sampled_from(["step", "loop"]))
 def test_any_program_against_the_words_of_the_documentation(case, refresh):

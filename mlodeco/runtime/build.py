@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
-from mlodeco.declare.binding import Binding, BoundSource, Role, bind, bind_source
+from mlodeco.declare.binding import Binding, BoundSource, Role, bind, bind_source, parameters_of
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import Registry, require_levels
 from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
@@ -210,6 +210,7 @@ def build(registry: Registry) -> Build:
     _warn_of_closed_paths(result)
     _warn_of_parameter_hooks(result)
     _warn_of_unread_sources(result)
+    _warn_of_idle_options(result, registry)
     registry.built = result
     return result
 
@@ -374,6 +375,43 @@ def _warn_of_unread_sources(built: Build) -> None:
                 GraphWarning,
                 stacklevel=3,
             )
+
+
+def _warn_of_idle_options(built: Build, registry: Registry) -> None:
+    """Warns of options that a level has no use for."""
+    for name, level in built.levels.items():
+        declaration = level.declaration
+        fields = level.binding.of(Role.FIELD)
+        idle = ""
+        if declaration.fields and not fields:
+            idle = "fields= is given and the function takes none of them"
+            remedy = f"take them as arguments: {', '.join(declaration.fields)}"
+        elif declaration.data is not None and not (
+            fields or level.binding.of(Role.BATCH, Role.DATA) or _is_heard(registry, name)
+        ):
+            idle = "data= is given and the function takes nothing of it"
+            names = ", ".join(declaration.data_keys) or "batch"
+            remedy = f"take it as an argument: {names}"
+        elif not built.graph.uppers(name) and (declaration.rollback or declaration.inner_steps > 1):
+            option = "rollback" if declaration.rollback else "inner_steps"
+            idle = f"{option}= is given and no level has {name!r} in its lower="
+            remedy = f"add {name!r} to lower= of the level that waits for it"
+        if idle:
+            warnings.warn(
+                f"level {name!r} ({level.site}): {idle}, so that it has no effect. Remedy: "
+                f"{remedy}, or leave the option out.",
+                GraphWarning,
+                stacklevel=3,
+            )
+
+
+def _is_heard(registry: Registry, level: str) -> bool:
+    """Whether a hook sees the batches of a level, or the ends of its passes over them."""
+    return any(
+        hook.event == "epoch_end" or "batch" in {p.name for p in parameters_of(hook.function)}
+        for hook in registry.hooks
+        if hook.level in (None, level)
+    )
 
 
 def _warn_of_closed_paths(built: Build) -> None:
