@@ -23,7 +23,7 @@ folder that holds the sets, `--set` names one of them: `DIR/youtube.json.gz`.
 The table compares the accuracy on a test set after the same number of steps of the same classifier
 from the same initial weights: trained on the weak labels as they are, on the clean set only, on
 both pooled, with either upper level alone, and with the two. The seed decides on initial weights,
-order of batches and, for digits, the split and the rules.
+order of batches, ties of the vote and, for digits, the split and the rules.
 """
 
 import argparse
