@@ -23,8 +23,9 @@ class Decisions:
     """How products of one level are taken, found out at first use and then kept.
 
     ``late`` says, for a set of reads, whether they enter the loss late;
-    ``touched`` names the own parameters that the loss depends on. ``hessian`` and ``cross`` name
-    the mode that worked after one without a rule for some operation.
+    ``touched`` names the own parameters that the loss depended on when it was first looked at:
+    enough for the scale of a step, and not for what a solve is about. ``hessian`` and ``cross``
+    name the mode that worked after one without a rule for some operation.
     """
 
     late: dict[tuple[str, ...], bool] = field(default_factory=dict)

@@ -12,6 +12,7 @@ hook or a custom function changes the backward pass they do not.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -30,12 +31,13 @@ class Forward:
     def __init__(self, problem: LowerProblem) -> None:
         self._problem = problem
 
+    @cached_property
+    def _touched(self) -> tuple[str, ...]:
+        return tuple(first_gradient(self._problem))
+
     def touched(self) -> tuple[str, ...]:
-        """Found by one gradient, at first use."""
-        decisions = self._problem.point.decisions
-        if decisions.touched is None:
-            return tuple(first_gradient(self._problem))
-        return tuple(key for key in self._problem.parameters if key in decisions.touched)
+        """Found by one gradient: a loss may take another branch than at another point."""
+        return self._touched
 
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         """One pass, with the gradient in w."""
