@@ -14,6 +14,9 @@ from mlodeco.calculus.randomness import make_seed, seed_streams
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.tree import Tree
 
+Batches = tuple[Mapping[str, Any], ...]
+"""For each micro-batch the values of the function's arguments that are not modules."""
+
 Memory = Mapping[str, Tree]
 """What a method keeps from one hypergradient of a run for the next, by names of its own."""
 
@@ -40,16 +43,20 @@ class Point:
 
     The loss is the mean over the micro-batches in ``batches``. Every pass at one
     point sees the same random numbers: those of ``seed``. ``optimizer_step`` gives the next
-    step of the level's optimizer, for the methods that ask.
+    step of the level's optimizer, for the methods that ask. ``part_of_batches`` gives the
+    micro-batches with a fraction of the samples of the level's own data, None where these have
+    no samples; ``fraction`` is that of the batches here.
     """
 
     loss: StatelessLoss
     values: Mapping[str, Tree]
-    batches: tuple[Mapping[str, Any], ...]
+    batches: Batches
     seed: int
     generators: tuple[torch.Generator, ...] = ()
     decisions: Decisions = field(default_factory=Decisions)
     optimizer_step: Callable[[], OptimizerStep] | None = None
+    part_of_batches: Callable[[float], Batches | None] | None = None
+    fraction: float = 1.0
 
     def losses(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The loss of each micro-batch in turn, with its metrics.
@@ -58,7 +65,21 @@ class Point:
         """
         for number, items in enumerate(self.batches):
             seed_streams(make_seed(self.seed, number), self.generators)
-            yield self.loss.call(items)
+            try:
+                result = self.loss.call(items)
+            except Exception as error:
+                if self.fraction < 1.0:
+                    error.add_note(self._note_of_the_cut())
+                raise
+            yield result
+
+    def _note_of_the_cut(self) -> str:
+        return (
+            f"with curvature_batch={self.fraction} the loss of level {self.loss.level!r} "
+            f"({self.loss.site}) sees the first samples of each tensor of its batch alone, with "
+            "every parameter, list and source whole; where it needs them to match, set "
+            "curvature_batch=1.0"
+        )
 
 
 @dataclass(frozen=True)
