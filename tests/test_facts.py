@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 import mlodeco
 from mlodeco import Program
 from mlodeco.errors import FallbackWarning
-from mlodeco.hypergrad import CG, Dense, Identity
+from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity
 from tests import reference
 from tests.problems import bilevel, network, randn
 from tests.test_hypergrad_exact import computed, expected, relative
 
 X, Y = randn(8, 3, seed=11), randn(8, seed=12)
 XV, YV = randn(6, 3, seed=13), randn(6, seed=14)
+EXACT = ("auto", "reverse", "reverse_over_forward", "forward")
 
 
 def decay(module, factor=0.3):
@@ -229,6 +230,46 @@ def test_checkpointing_changes_nothing():
     )
     for method in ("dense", "identity", "finite_difference", "cg", "neumann"):
         assert relative(computed(on, method), computed(off, method)) < 1e-9
+
+
+def gradient_penalty(*, of_regularizer):
+    """A loss that takes gradients in its own parameters."""
+
+    def low(m, batch, h):
+        x, y = batch
+        plain = (h.s.sigmoid() * (x @ m.w - y) ** 2).mean() + decay(m)
+        of = (m.w**4).sum() if of_regularizer else plain
+        (inner,) = torch.autograd.grad(of, m.w, create_graph=True)
+        return plain + 0.1 * (h.s[0].exp() * inner**2).sum()
+
+    def top(h, batch, m):
+        return ((batch[0] @ m.w - batch[1]) ** 2).mean()
+
+    return bilevel(low, top, {"w": 0.3 * randn(3, seed=1)}, weights(), (X, Y), (XV, YV))
+
+
+@pytest.mark.parametrize("of_regularizer", [True, False])
+@pytest.mark.parametrize(
+    ("method", "tolerance"),
+    [
+        (FiniteDifference(), 1e-6),
+        (Identity(product="difference"), 1e-6),
+        (Dense(product="difference"), 1e-6),
+        *((kind(product=p), 1e-10) for kind in (Identity, Dense) for p in EXACT),
+    ],
+    ids=repr,
+)
+def test_a_loss_that_takes_gradients_itself(method, tolerance, of_regularizer):
+    problem = gradient_penalty(of_regularizer=of_regularizer)
+    exact = Dense if isinstance(method, Dense) else Identity
+    wanted = computed(problem, exact(product="reverse"))
+    solve = reference.exact if exact is Dense else reference.scaled(1.0)
+    assert relative(wanted, expected(problem, solve)) < 1e-10
+    problem = gradient_penalty(of_regularizer=of_regularizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        for _ in range(2):
+            assert relative(computed(problem, method), wanted) < tolerance
 
 
 class NoForwardRule(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from mlodeco.calculus.forward_mode import NoGradStopsTangents
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.first_order import first_gradient
+from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.tree import Tree, add
@@ -47,16 +48,21 @@ class Forward:
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """One pass, with the gradient in lambda."""
-        return self._tangents(v, self._problem.targets)
+        return live_if_needed(
+            self._problem, lambda is_live: self._tangents(v, self._problem.targets, is_live)
+        )
 
-    def _tangents(self, v: Mapping[str, Tensor], wanted: tuple[str, ...]) -> Cross:
+    def _tangents(
+        self, v: Mapping[str, Tensor], wanted: tuple[str, ...], is_live: bool = True
+    ) -> Cross:
         """The tangents of the gradients in the parameters of the levels wanted."""
         problem, point = self._problem, self._problem.point
         values = {**point.values, problem.level: problem.parameters}
         leaves = {level: live(values[level]) for level in wanted}
+        parameters = live(problem.parameters) if is_live else problem.parameters
         share = 1.0 / len(point.batches)
         with forward_ad.dual_level():
-            own = leaves.get(problem.level, problem.parameters)
+            own = leaves.get(problem.level, parameters)
             duals = {
                 key: forward_ad.make_dual(value, v[key].detach()) if key in v else value
                 for key, value in own.items()
