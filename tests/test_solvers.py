@@ -721,3 +721,36 @@ def test_forward_equals_reverse_and_leaves_nothing_behind(method, accumulate, de
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.autograd.forward_ad._current_level == -1
+
+
+def branching(accumulate: int) -> Problem:
+    """A loss whose flagged batches alone touch one of two parameters."""
+
+    def low(m, batch, h):
+        x, y, flag = batch
+        loss = (h.s.sigmoid() * (x @ m.w - y) ** 2).mean() + 0.2 * (m.w**2).sum()
+        return loss + ((m.u - h.s[0]) ** 4).sum() + m.u @ m.w + (m.u**2).sum() if flag else loss
+
+    def top(h, batch, m):
+        return ((batch[0] @ (m.w + m.u) - batch[1]) ** 2).mean()
+
+    modules = {"w": randn(3, seed=1), "u": randn(3, seed=2)}, {"s": randn(6, seed=3)}
+    first = (randn(6, 3, seed=4), randn(6, seed=5), 0)
+    last = (randn(5, 3, seed=6), randn(5, seed=7))
+    return bilevel(low, top, *modules, first, last, accumulate=accumulate)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("product", ["auto", "forward", "difference", "reverse_over_forward"])
+def test_parameters_that_only_a_later_batch_touches_enter_the_solve(product, accumulate):
+    case = branching(accumulate)
+    flagged = (randn(6, 3, seed=8), randn(6, seed=9), 1)
+    plain = (randn(6, 3, seed=4), randn(6, seed=5), 0)
+    if accumulate == 1:
+        mlodeco.hypergradient("top", program=case.program, hypergrad=Dense(product=product))
+    batches = {"low": flagged if accumulate == 1 else [plain, flagged]}
+    found, wanted = (
+        mlodeco.hypergradient("top", program=case.program, hypergrad=method, batches=batches)["s"]
+        for method in (Dense(product=product), Dense(product="reverse"))
+    )
+    assert relative(found, wanted) < (1e-6 if product == "difference" else 1e-10)

@@ -31,7 +31,10 @@ class Implicit(Options, ABC):
         damping: added to the diagonal of H, in units of loss per squared parameter. Weight
             decay that the optimizer applies is not in the loss: give it here.
         curvature_batch: the fraction of each batch, its first samples, on which Hessian products
-            are taken, for speed and memory; cross products take the whole.
+            are taken, for speed and memory; cross products take the whole. Cut is every tensor
+            of the level's own batch, in dictionaries, lists and tuples, whose first dimension is
+            that of the first tensor; where ``data=`` is a mapping, each loader's item by its own
+            size. Items of sources, lists of other things and parameters stay whole.
     """
 
     product: str = "auto"
