@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mlodeco
 from mlodeco import Program
+from mlodeco.calculus.products import open_curvature
 from mlodeco.errors import FallbackWarning
 from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity
 from tests import reference
-from tests.problems import bilevel, network, randn
+from tests.problems import PROBLEMS, bilevel, network, randn
 from tests.test_hypergrad_exact import computed, expected, relative
 
 X, Y = randn(8, 3, seed=11), randn(8, seed=12)
@@ -524,3 +525,20 @@ def test_modules_are_the_users_own_afterwards():
         torch.equal(p, old) for p, (_, _, old) in zip(model.parameters(), before, strict=True)
     )
     assert buffers.keys() == dict(model.named_buffers()).keys()
+
+
+def test_a_cross_product_frees_its_graph_and_a_next_product_builds_another():
+    case, asked = PROBLEMS["live_weights"](), []
+
+    class Asks:
+        def respond(self, problem, cotangent):
+            asked[:] = [problem, cotangent]
+            return Identity().respond(problem, cotangent)
+
+    mlodeco.hypergradient("top", program=case.program, hypergrad=Asks())
+    problem, v = asked
+    curvature = open_curvature(problem, "reverse")
+    before = curvature.hvp(v), curvature.cross(v)
+    after = curvature.cross(v), curvature.hvp(v)
+    for left, right in ((before[0], after[1]), (before[1]["top"], after[0]["top"])):
+        assert all(torch.equal(left[key], right[key]) for key in left)
