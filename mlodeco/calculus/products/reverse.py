@@ -74,7 +74,7 @@ class Reverse:
         return {key: found[key] if key in found else v[key].new_zeros(v[key].shape) for key in v}
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
-        """One vjp through the graph of the gradient, which is used up; a next product has another."""
+        """One vjp through the graph of the gradient, then freed; another has its own."""
         inputs = {(lv, key): t for lv, tree in self._targets.items() for key, t in tree.items()}
         found = self._pull_back(v, inputs, keep=False)
         vars(self).pop("_gradients", None)
