@@ -196,6 +196,59 @@ def test_singular_systems_without_a_solution_are_named_and_stay_bounded(kind, si
         assert joined(found.value).norm() < 50 * (smallest.norm() + b.norm())
 
 
+def flat_curvature(size: int, count: int, seed: int) -> Tensor:
+    """That of least squares with fewer samples than parameters: of rank ``count``."""
+    return symmetric([0.0] * (size - count) + spread(count, 0.5, 2.0), seed)
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 1), (12, 3), (20, 9), (40, 10), (60, 30)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_cg_names_flat_curvature_and_stays_bounded(size, count, dtype, warm_start):
+    for seed in range(40):
+        matrix, b = flat_curvature(size, count, seed), randn(size, seed=seed + 100)
+        smallest = torch.linalg.pinv(matrix, rtol=1e-9) @ b
+        method = CG(max_steps=10 * size, rtol=0.0, warm_start=warm_start)
+        memory = {"solution": split((smallest + 0.1 * randn(size, seed=seed + 200)).to(dtype))}
+        found, _ = method.proceed(Product(matrix), split(b.to(dtype)), memory)
+        missed = left_over(matrix, joined(found.value), b)
+        assert found.status is Status.SINGULAR
+        # what a warm start adds along the null space is no step of least residual
+        assert missed < left_over(matrix, smallest, b) + (0.15 if warm_start else 1e-4)
+        assert found.residual == pytest.approx(missed, abs=1e-4)
+        assert joined(found.value).norm() < 1000 * (smallest.norm() + b.norm())
+
+
+@pytest.mark.parametrize("method", [CG(), CG(max_steps=300, rtol=0.0), MINRES()], ids=repr)
+def test_a_flat_system_of_two_is_never_called_converged(method):
+    for seed in range(400):
+        matrix, b = symmetric([0.0, 3.0], seed), randn(2, seed=seed + 5)
+        x, found = solve(method, matrix, b)
+        missed = left_over(matrix, x, b)
+        assert found.status is not Status.CONVERGED or missed < 1e-3
+        assert found.residual == pytest.approx(missed, abs=0.02)
+        assert missed < 1.01
+
+
+def test_cg_that_goes_astray_within_its_steps_says_so_and_stays_bounded():
+    values = torch.cat([torch.zeros(25), torch.logspace(-3, 0, 25)]).tolist()
+    matrix, b = symmetric(values), randn(50, seed=5)
+    x, found = solve(CG(max_steps=20), matrix, b)
+    assert found.status is Status.GROWN
+    assert found.status.is_trouble
+    assert left_over(matrix, x, b) == pytest.approx(found.residual)
+    _, least = solve(MINRES(max_steps=20), matrix, b)
+    assert least.residual - 1e-9 < found.residual < 1.01 * least.residual
+
+
+def test_cg_on_a_good_system_is_quiet_within_its_steps():
+    for seed in range(20):
+        matrix, b = symmetric(torch.logspace(-3, 0, 50).tolist(), seed), randn(50, seed=seed + 5)
+        for steps in range(1, 40):
+            _, found = solve(CG(max_steps=steps), matrix, b)
+            assert found.status is Status.MAX_STEPS
+
+
 @pytest.mark.parametrize("kind", KRYLOV)
 def test_no_curvature_at_all(kind):
     x, found = solve(kind(), torch.zeros(5, 5, dtype=torch.float64), randn(5))
@@ -674,6 +727,30 @@ def test_trouble_is_told():
     flat = bilevel(low, top, {"w": randn(2)}, {"x": randn(1)[0]}, randn(1), randn(1))
     with pytest.warns(SolverWarning, match="MINRES after .* singular"):
         computed(flat, MINRES())
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5, 9])
+def test_cg_on_fewer_samples_than_parameters_warns_and_gives_the_least_squares_answer(samples):
+    def low(m, batch, h):
+        return h.s * ((batch[0] @ m.w - batch[1]) ** 2).mean()
+
+    def top(h, batch, m):
+        return ((batch[0] @ m.w - batch[1]) ** 2).mean()
+
+    def single(*shape, seed):
+        return randn(*shape, seed=seed).float()
+
+    case = bilevel(
+        low,
+        top,
+        {"w": single(20, seed=1)},
+        {"s": torch.ones(1)},
+        (single(samples, 20, seed=2), single(samples, seed=3)),
+        (single(20, 20, seed=4), single(20, seed=5)),
+    )
+    with pytest.warns(SolverWarning, match="CG after .* singular"):
+        found = computed(case, CG())
+    assert relative(found, computed(case, Dense())) < 1e-2
 
 
 # ---- the product "forward"
