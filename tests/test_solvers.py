@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mlodeco
 from mlodeco.errors import MethodError, NonFiniteError, SolverWarning
@@ -28,7 +31,7 @@ from mlodeco.hypergrad import (
     Solution,
     Status,
 )
-from mlodeco.tree import Tree, flatten, unflatten
+from mlodeco.tree import Tree, flatten, is_zero, norm, unflatten
 from tests import reference
 from tests.problems import Problem, bilevel, classification, network, randn
 from tests.test_hypergrad_exact import computed, expected, relative
@@ -313,13 +316,22 @@ def test_an_invariant_space_that_holds_no_solution_is_exhausted():
     assert torch.isfinite(x).all()
 
 
+@pytest.mark.parametrize("size", [2, 8, 25, 60])
+def test_an_exhausted_space_that_holds_the_solution_is_no_trouble(size):
+    for seed in range(60):
+        matrix, b = symmetric(spread(size, 0.1, 3.0), seed), randn(size, seed=seed + 5)
+        x, found = solve(GMRES(max_steps=300, rtol=0.0, restart=300), matrix, b)
+        assert found.status is Status.CONVERGED
+        assert left_over(matrix, x, b) < 1e-13
+
+
 # ---- Nystrom
 
 
 def sketch_of(size: int, rank: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(size, rank, dtype=torch.float64, generator=generator)
-    return torch.linalg.qr(drawn)[0]
+    drawn = [torch.randn(size, dtype=torch.float64, generator=generator) for _ in range(rank)]
+    return torch.linalg.qr(torch.stack(drawn, dim=1))[0]
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 11])
@@ -372,6 +384,38 @@ def test_nystrom_on_curvature_that_the_damping_cancels_stays_finite():
     assert torch.isfinite(x).all()
 
 
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile hold at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.known: set[int] = set()
+
+    def free(self, key: int, count: int) -> None:
+        self.known.discard(key)
+        self.held -= count
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in tree_leaves(result):
+            if isinstance(part, Tensor) and part.untyped_storage()._cdata not in self.known:
+                storage = part.untyped_storage()
+                self.known.add(storage._cdata)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return result
+
+
+def test_nystrom_keeps_two_vectors_for_each_rank():
+    size, rank = 50_000, 30
+    b = {"a": randn(size).float()}
+    with Peak() as mode:
+        Nystrom(rank=rank, damping=1.0).solve(lambda x: {"a": 2.0 * x["a"]}, b)
+    assert 2 * rank <= mode.peak / (size * 4) < 2 * rank + 8
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nystrom_in_half_precision(dtype):
     matrix, b = symmetric(spread(12, 0.2, 2.0)), split(randn(12, seed=1), (dtype, dtype))
@@ -415,6 +459,29 @@ def test_scales_cancel(method, curvature, slope):
     found = computed(case, method).double()
     wanted = torch.linalg.solve(symmetric(spread(6, 0.5, 2.0)), slope * randn(6, seed=3))
     assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", [*SOLVERS, Nystrom(rank=6, damping=1e-9, seed=0)], ids=repr)
+@pytest.mark.parametrize("slope", [1e-300, 1e-170, 1e-155, 1e-101, 1e101, 1e160, 1e300])
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_scales_beyond_the_square_root_of_the_range_cancel(method, slope, warm_start):
+    if hasattr(method, "warm_start"):
+        method = replace(method, warm_start=warm_start)
+    found = computed(scaled_problem(1.0, slope, torch.float64), method) / slope
+    wanted = torch.linalg.solve(symmetric(spread(6, 0.5, 2.0)), randn(6, seed=3))
+    assert relative(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("value", [1e-320, 1e-170, 1e-155, 1e-20, 1.0, 1e155, 1e170, 1e300])
+def test_norms_are_free_of_overflow_and_underflow_in_double_precision(value):
+    tree = split(torch.tensor([3.0, 0.0, 4.0, 0.0], dtype=torch.float64) * value)
+    assert norm(tree) == pytest.approx(5.0 * value, rel=1e-3 if value < 1e-300 else 1e-14)
+    assert not is_zero(tree)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_the_norm_of_what_is_not_finite_is_not_finite(bad):
+    assert not math.isfinite(norm(split(torch.tensor([1.0, bad, 0.0], dtype=torch.float64))))
 
 
 ALL = [
