@@ -69,10 +69,13 @@ class CG(Krylov):
             curvature, size = dot(direction, product), norm(direction)
             if not isfinite(curvature):
                 return Solution.lost(b, steps)
-            largest = max(largest, norm(product) / size)
+            stretch = norm(product) / size
+            largest = max(largest, stretch)
             flat = rounding * largest * size**2
             if curvature <= flat:
-                status = Status.SINGULAR if curvature > -flat else Status.INDEFINITE
+                # without negative curvature |H d|^2 <= |H| d^T H d: small, but for rounding
+                is_singular = curvature > -flat and stretch <= 0.1 * largest
+                status = Status.SINGULAR if is_singular else Status.INDEFINITE
                 return mean.solution(steps, start, status)
             length = squared / curvature
             x = add(x, direction, length)
