@@ -95,7 +95,8 @@ def norm(tree: Mapping[str, Tensor]) -> float:
 
 def _scaled_norm(values: list[Tensor]) -> float:
     """In units of the largest entry, the square of which neither overflows nor vanishes."""
-    largest = max(float(value.abs().max()) for value in values if value.numel())
+    values = [value.detach() for value in values if value.numel()]
+    largest = max((float(value.abs().max()) for value in values), default=0.0)
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     return largest * _norm([value.to(_wide(value)) / largest for value in values], None)
