@@ -21,6 +21,9 @@ _SINGLE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _SMALL = 1e-15
 """The squares of smaller numbers may vanish in single precision."""
 
+_TINY = 1e-150
+"""The squares of smaller numbers may vanish in double precision."""
+
 
 def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
     """``factor * tree``."""
@@ -83,9 +86,20 @@ def norm(tree: Mapping[str, Tensor]) -> float:
     values = list(tree.values())
     kinds = {value.dtype for value in values}
     size = _norm(values, _wide(values[0]) if len(kinds) > 1 else _SINGLE.get(values[0].dtype))
-    if _SMALL < size < math.inf or kinds == {torch.float64}:
+    if _SMALL < size < math.inf:
         return size
-    return _norm(values, _wide(values[0]))
+    if kinds != {torch.float64}:
+        size = _norm(values, _wide(values[0]))
+    return size if _TINY < size < math.inf else _scaled_norm(values)
+
+
+def _scaled_norm(values: list[Tensor]) -> float:
+    """In units of the largest entry, the square of which neither overflows nor vanishes."""
+    values = [value.detach() for value in values if value.numel()]
+    largest = max((float(value.abs().max()) for value in values), default=0.0)
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return largest * _norm([value.to(_wide(value)) / largest for value in values], None)
 
 
 def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:

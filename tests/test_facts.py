@@ -13,14 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 import mlodeco
 from mlodeco import Program
+from mlodeco.calculus.products import open_curvature
 from mlodeco.errors import FallbackWarning
-from mlodeco.hypergrad import CG, Dense, Identity
+from mlodeco.hypergrad import CG, Dense, FiniteDifference, Identity
 from tests import reference
-from tests.problems import bilevel, network, randn
+from tests.problems import PROBLEMS, bilevel, network, randn
 from tests.test_hypergrad_exact import computed, expected, relative
 
 X, Y = randn(8, 3, seed=11), randn(8, seed=12)
 XV, YV = randn(6, 3, seed=13), randn(6, seed=14)
+EXACT = ("auto", "reverse", "reverse_over_forward", "forward")
 
 
 def decay(module, factor=0.3):
@@ -231,6 +233,46 @@ def test_checkpointing_changes_nothing():
         assert relative(computed(on, method), computed(off, method)) < 1e-9
 
 
+def gradient_penalty(*, of_regularizer):
+    """A loss that takes gradients in its own parameters."""
+
+    def low(m, batch, h):
+        x, y = batch
+        plain = (h.s.sigmoid() * (x @ m.w - y) ** 2).mean() + decay(m)
+        of = (m.w**4).sum() if of_regularizer else plain
+        (inner,) = torch.autograd.grad(of, m.w, create_graph=True)
+        return plain + 0.1 * (h.s[0].exp() * inner**2).sum()
+
+    def top(h, batch, m):
+        return ((batch[0] @ m.w - batch[1]) ** 2).mean()
+
+    return bilevel(low, top, {"w": 0.3 * randn(3, seed=1)}, weights(), (X, Y), (XV, YV))
+
+
+@pytest.mark.parametrize("of_regularizer", [True, False])
+@pytest.mark.parametrize(
+    ("method", "tolerance"),
+    [
+        (FiniteDifference(), 1e-6),
+        (Identity(product="difference"), 1e-6),
+        (Dense(product="difference"), 1e-6),
+        *((kind(product=p), 1e-10) for kind in (Identity, Dense) for p in EXACT),
+    ],
+    ids=repr,
+)
+def test_a_loss_that_takes_gradients_itself(method, tolerance, of_regularizer):
+    problem = gradient_penalty(of_regularizer=of_regularizer)
+    exact = Dense if isinstance(method, Dense) else Identity
+    wanted = computed(problem, exact(product="reverse"))
+    solve = reference.exact if exact is Dense else reference.scaled(1.0)
+    assert relative(wanted, expected(problem, solve)) < 1e-10
+    problem = gradient_penalty(of_regularizer=of_regularizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        for _ in range(2):
+            assert relative(computed(problem, method), wanted) < tolerance
+
+
 class NoForwardRule(torch.autograd.Function):
     """Can be differentiated backward as often as one likes, and not forward."""
 
@@ -342,6 +384,48 @@ def test_error_of_the_user_is_raised_and_not_the_fallbacks():
         computed(problem, "dense")
 
 
+FULL = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"
+TRANSIENT = (FULL, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "a passing mistake")
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("text", TRANSIENT)
+@pytest.mark.parametrize("number", range(2, 6))
+def test_an_error_that_passes_changes_no_later_hypergradient(text, number, late):
+    calls = []
+
+    def low(m, batch, h):
+        calls.append(1)
+        if len(calls) == number:
+            raise RuntimeError(text)
+        x, y = batch
+        scale = h.s.sigmoid()
+        return (
+            (scale * (m(x)[:, 0] - y) ** 2).mean() + decay(m)
+            if late
+            else mse(m, (x * scale[:, None], y)) + decay(m)
+        )
+
+    problem = bilevel(low, validation, network(3, 3, 1), weights(), (X, Y), (XV, YV))
+    seen, raised = [], []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FallbackWarning)
+        for _ in range(3):
+            try:
+                seen.append(computed(problem, Identity()))
+            except RuntimeError as error:
+                raised.append(str(error))
+    told = [str(w.message) for w in caught if w.category is FallbackWarning]
+    assert not any("'difference' is used" in one for one in told)
+    assert len(raised) + len(told) <= 1
+    if text is not TRANSIENT[-1]:
+        assert not told
+    wanted = expected(problem, reference.scaled(1.0))
+    for one in seen:
+        assert relative(one, wanted) < 1e-10
+    assert raised in ([], [text])
+
+
 class Searched(nn.Module):
     """One network with weights and architecture parameters."""
 
@@ -441,3 +525,20 @@ def test_modules_are_the_users_own_afterwards():
         torch.equal(p, old) for p, (_, _, old) in zip(model.parameters(), before, strict=True)
     )
     assert buffers.keys() == dict(model.named_buffers()).keys()
+
+
+def test_a_cross_product_frees_its_graph_and_a_next_product_builds_another():
+    case, asked = PROBLEMS["live_weights"](), []
+
+    class Asks:
+        def respond(self, problem, cotangent):
+            asked[:] = [problem, cotangent]
+            return Identity().respond(problem, cotangent)
+
+    mlodeco.hypergradient("top", program=case.program, hypergrad=Asks())
+    problem, v = asked
+    curvature = open_curvature(problem, "reverse")
+    before = curvature.hvp(v), curvature.cross(v)
+    after = curvature.cross(v), curvature.hvp(v)
+    for left, right in ((before[0], after[1]), (before[1]["top"], after[0]["top"])):
+        assert all(torch.equal(left[key], right[key]) for key in left)

@@ -51,8 +51,8 @@ def sketched(rank, damping, seed):
 
     def solve(h, b):
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(len(h), rank, dtype=torch.float64, generator=generator)
-        s = torch.linalg.qr(drawn)[0]
+        drawn = [torch.randn(len(h), dtype=torch.float64, generator=generator) for _ in range(rank)]
+        s = torch.linalg.qr(torch.stack(drawn, dim=1))[0]
         small = h @ s @ torch.linalg.pinv(s.T @ h @ s) @ (h @ s).T
         return torch.linalg.solve(small + damping * torch.eye(len(h), dtype=h.dtype), b)
 

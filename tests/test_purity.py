@@ -58,7 +58,7 @@ def noisy_program(p=0.5):
         number, x, y = batch
         losses = nn.functional.cross_entropy(model(x), y, reduction="none")
         decay = sum((q**2).sum() for q in model.parameters())
-        return (weights.s[number].sigmoid() * losses).mean() + 0.1 * decay
+        return (weights.s[number].sigmoid() * losses).mean() + 0.5 * decay
 
     @program.level(
         "weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mlodeco
 from mlodeco.errors import MethodError, NonFiniteError, SolverWarning
@@ -28,7 +31,7 @@ from mlodeco.hypergrad import (
     Solution,
     Status,
 )
-from mlodeco.tree import Tree, flatten, unflatten
+from mlodeco.tree import Tree, flatten, is_zero, norm, unflatten
 from tests import reference
 from tests.problems import Problem, bilevel, classification, network, randn
 from tests.test_hypergrad_exact import computed, expected, relative
@@ -196,6 +199,59 @@ def test_singular_systems_without_a_solution_are_named_and_stay_bounded(kind, si
         assert joined(found.value).norm() < 50 * (smallest.norm() + b.norm())
 
 
+def flat_curvature(size: int, count: int, seed: int) -> Tensor:
+    """That of least squares with fewer samples than parameters: of rank ``count``."""
+    return symmetric([0.0] * (size - count) + spread(count, 0.5, 2.0), seed)
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 1), (12, 3), (20, 9), (40, 10), (60, 30)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_cg_names_flat_curvature_and_stays_bounded(size, count, dtype, warm_start):
+    for seed in range(40):
+        matrix, b = flat_curvature(size, count, seed), randn(size, seed=seed + 100)
+        smallest = torch.linalg.pinv(matrix, rtol=1e-9) @ b
+        method = CG(max_steps=10 * size, rtol=0.0, warm_start=warm_start)
+        memory = {"solution": split((smallest + 0.1 * randn(size, seed=seed + 200)).to(dtype))}
+        found, _ = method.proceed(Product(matrix), split(b.to(dtype)), memory)
+        missed = left_over(matrix, joined(found.value), b)
+        assert found.status is Status.SINGULAR
+        # what a warm start adds along the null space is no step of least residual
+        assert missed < left_over(matrix, smallest, b) + (0.15 if warm_start else 1e-4)
+        assert found.residual == pytest.approx(missed, abs=1e-4)
+        assert joined(found.value).norm() < 1000 * (smallest.norm() + b.norm())
+
+
+@pytest.mark.parametrize("method", [CG(), CG(max_steps=300, rtol=0.0), MINRES()], ids=repr)
+def test_a_flat_system_of_two_is_never_called_converged(method):
+    for seed in range(400):
+        matrix, b = symmetric([0.0, 3.0], seed), randn(2, seed=seed + 5)
+        x, found = solve(method, matrix, b)
+        missed = left_over(matrix, x, b)
+        assert found.status is not Status.CONVERGED or missed < 1e-3
+        assert found.residual == pytest.approx(missed, abs=0.02)
+        assert missed < 1.01
+
+
+def test_cg_that_goes_astray_within_its_steps_says_so_and_stays_bounded():
+    values = torch.cat([torch.zeros(25), torch.logspace(-3, 0, 25)]).tolist()
+    matrix, b = symmetric(values), randn(50, seed=5)
+    x, found = solve(CG(max_steps=20), matrix, b)
+    assert found.status is Status.GROWN
+    assert found.status.is_trouble
+    assert left_over(matrix, x, b) == pytest.approx(found.residual)
+    _, least = solve(MINRES(max_steps=20), matrix, b)
+    assert least.residual - 1e-9 < found.residual < 1.01 * least.residual
+
+
+def test_cg_on_a_good_system_is_quiet_within_its_steps():
+    for seed in range(20):
+        matrix, b = symmetric(torch.logspace(-3, 0, 50).tolist(), seed), randn(50, seed=seed + 5)
+        for steps in range(1, 40):
+            _, found = solve(CG(max_steps=steps), matrix, b)
+            assert found.status is Status.MAX_STEPS
+
+
 @pytest.mark.parametrize("kind", KRYLOV)
 def test_no_curvature_at_all(kind):
     x, found = solve(kind(), torch.zeros(5, 5, dtype=torch.float64), randn(5))
@@ -260,13 +316,22 @@ def test_an_invariant_space_that_holds_no_solution_is_exhausted():
     assert torch.isfinite(x).all()
 
 
+@pytest.mark.parametrize("size", [2, 8, 25, 60])
+def test_an_exhausted_space_that_holds_the_solution_is_no_trouble(size):
+    for seed in range(60):
+        matrix, b = symmetric(spread(size, 0.1, 3.0), seed), randn(size, seed=seed + 5)
+        x, found = solve(GMRES(max_steps=300, rtol=0.0, restart=300), matrix, b)
+        assert found.status is Status.CONVERGED
+        assert left_over(matrix, x, b) < 1e-13
+
+
 # ---- Nystrom
 
 
 def sketch_of(size: int, rank: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(size, rank, dtype=torch.float64, generator=generator)
-    return torch.linalg.qr(drawn)[0]
+    drawn = [torch.randn(size, dtype=torch.float64, generator=generator) for _ in range(rank)]
+    return torch.linalg.qr(torch.stack(drawn, dim=1))[0]
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 11])
@@ -319,6 +384,38 @@ def test_nystrom_on_curvature_that_the_damping_cancels_stays_finite():
     assert torch.isfinite(x).all()
 
 
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile hold at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.known: set[int] = set()
+
+    def free(self, key: int, count: int) -> None:
+        self.known.discard(key)
+        self.held -= count
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in tree_leaves(result):
+            if isinstance(part, Tensor) and part.untyped_storage()._cdata not in self.known:
+                storage = part.untyped_storage()
+                self.known.add(storage._cdata)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return result
+
+
+def test_nystrom_keeps_two_vectors_for_each_rank():
+    size, rank = 50_000, 30
+    b = {"a": randn(size).float()}
+    with Peak() as mode:
+        Nystrom(rank=rank, damping=1.0).solve(lambda x: {"a": 2.0 * x["a"]}, b)
+    assert 2 * rank <= mode.peak / (size * 4) < 2 * rank + 8
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nystrom_in_half_precision(dtype):
     matrix, b = symmetric(spread(12, 0.2, 2.0)), split(randn(12, seed=1), (dtype, dtype))
@@ -362,6 +459,29 @@ def test_scales_cancel(method, curvature, slope):
     found = computed(case, method).double()
     wanted = torch.linalg.solve(symmetric(spread(6, 0.5, 2.0)), slope * randn(6, seed=3))
     assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", [*SOLVERS, Nystrom(rank=6, damping=1e-9, seed=0)], ids=repr)
+@pytest.mark.parametrize("slope", [1e-300, 1e-170, 1e-155, 1e-101, 1e101, 1e160, 1e300])
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_scales_beyond_the_square_root_of_the_range_cancel(method, slope, warm_start):
+    if hasattr(method, "warm_start"):
+        method = replace(method, warm_start=warm_start)
+    found = computed(scaled_problem(1.0, slope, torch.float64), method) / slope
+    wanted = torch.linalg.solve(symmetric(spread(6, 0.5, 2.0)), randn(6, seed=3))
+    assert relative(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("value", [1e-320, 1e-170, 1e-155, 1e-20, 1.0, 1e155, 1e170, 1e300])
+def test_norms_are_free_of_overflow_and_underflow_in_double_precision(value):
+    tree = split(torch.tensor([3.0, 0.0, 4.0, 0.0], dtype=torch.float64) * value)
+    assert norm(tree) == pytest.approx(5.0 * value, rel=1e-3 if value < 1e-300 else 1e-14)
+    assert not is_zero(tree)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_the_norm_of_what_is_not_finite_is_not_finite(bad):
+    assert not math.isfinite(norm(split(torch.tensor([1.0, bad, 0.0], dtype=torch.float64))))
 
 
 ALL = [
@@ -676,6 +796,30 @@ def test_trouble_is_told():
         computed(flat, MINRES())
 
 
+@pytest.mark.parametrize("samples", [2, 3, 5, 9])
+def test_cg_on_fewer_samples_than_parameters_warns_and_gives_the_least_squares_answer(samples):
+    def low(m, batch, h):
+        return h.s * ((batch[0] @ m.w - batch[1]) ** 2).mean()
+
+    def top(h, batch, m):
+        return ((batch[0] @ m.w - batch[1]) ** 2).mean()
+
+    def single(*shape, seed):
+        return randn(*shape, seed=seed).float()
+
+    case = bilevel(
+        low,
+        top,
+        {"w": single(20, seed=1)},
+        {"s": torch.ones(1)},
+        (single(samples, 20, seed=2), single(samples, seed=3)),
+        (single(20, 20, seed=4), single(20, seed=5)),
+    )
+    with pytest.warns(SolverWarning, match="CG after .* singular"):
+        found = computed(case, CG())
+    assert relative(found, computed(case, Dense())) < 1e-2
+
+
 # ---- the product "forward"
 
 
@@ -721,3 +865,36 @@ def test_forward_equals_reverse_and_leaves_nothing_behind(method, accumulate, de
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.autograd.forward_ad._current_level == -1
+
+
+def branching(accumulate: int) -> Problem:
+    """A loss whose flagged batches alone touch one of two parameters."""
+
+    def low(m, batch, h):
+        x, y, flag = batch
+        loss = (h.s.sigmoid() * (x @ m.w - y) ** 2).mean() + 0.2 * (m.w**2).sum()
+        return loss + ((m.u - h.s[0]) ** 4).sum() + m.u @ m.w + (m.u**2).sum() if flag else loss
+
+    def top(h, batch, m):
+        return ((batch[0] @ (m.w + m.u) - batch[1]) ** 2).mean()
+
+    modules = {"w": randn(3, seed=1), "u": randn(3, seed=2)}, {"s": randn(6, seed=3)}
+    first = (randn(6, 3, seed=4), randn(6, seed=5), 0)
+    last = (randn(5, 3, seed=6), randn(5, seed=7))
+    return bilevel(low, top, *modules, first, last, accumulate=accumulate)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("product", ["auto", "forward", "difference", "reverse_over_forward"])
+def test_parameters_that_only_a_later_batch_touches_enter_the_solve(product, accumulate):
+    case = branching(accumulate)
+    flagged = (randn(6, 3, seed=8), randn(6, seed=9), 1)
+    plain = (randn(6, 3, seed=4), randn(6, seed=5), 0)
+    if accumulate == 1:
+        mlodeco.hypergradient("top", program=case.program, hypergrad=Dense(product=product))
+    batches = {"low": flagged if accumulate == 1 else [plain, flagged]}
+    found, wanted = (
+        mlodeco.hypergradient("top", program=case.program, hypergrad=method, batches=batches)["s"]
+        for method in (Dense(product=product), Dense(product="reverse"))
+    )
+    assert relative(found, wanted) < (1e-6 if product == "difference" else 1e-10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -769,3 +769,124 @@ def test_what_the_part_does_not_touch_gets_no_response():
     case = bilevel(low, top, modules, {"s": randn(1)[0]}, (X, Y), randn(1))
     found = computed(case, Dense(curvature_batch=0.2))
     assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("rows", [6, 10, 15])
+def test_items_of_sources_stay_whole(rows):
+    centers, top_batch = randn(rows, 6, seed=9), (randn(20, 6, seed=5), randn(20, seed=6))
+
+    def pulled(m, batch, h):
+        return ridge(m, batch, h) + h.s.exp()[0] * ((centers @ m.w) ** 2).mean()
+
+    modules = {"w": randn(6, seed=3)}, {"s": randn(1, seed=4)}
+    program, seen = Program(), []
+    program.source("noise")([centers])
+
+    @program.level("low", module=modules[0], data=[(X, Y)])
+    def low(low, noise, batch, top):
+        seen.append((len(noise), len(batch[0])))
+        return ridge(low, batch, top) + top.s.exp()[0] * ((noise @ low.w) ** 2).mean()
+
+    @program.level("top", lower=["low"], module=modules[1], data=[top_batch])
+    def top(top, batch, low):
+        return validation(top, batch, low)
+
+    method = Dense(curvature_batch=0.5)
+    found = mlodeco.hypergradient("top", program=program, hypergrad=method)["s"]
+    assert set(seen) == {(rows, 10), (rows, 5)}
+    case = bilevel(pulled, validation, *modules, (X, Y), top_batch)
+    w, h = case.program.module("low"), case.program.module("top")
+    own, reads = case.low_parameters, case.top_parameters
+    both = reference.gradients(case.top(), [*reads, *own])
+    half = reference.gradients(pulled(w, (X[:5], Y[:5]), h), own, create_graph=True)
+    whole = reference.gradients(pulled(w, (X, Y), h), own, create_graph=True)
+    hessian, cross = reference.jacobian(half, own), reference.jacobian(whole, reads)
+    assert relative(found, both[:1] - cross.T @ torch.linalg.solve(hessian.T, both[1:])) < 1e-10
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_each_loader_is_cut_by_its_own_size(by_name):
+    program, seen = Program(), set()
+    data = {"labelled": [(X, Y)], "more": [randn(64, 6, seed=1)], "names": [["a", "b"]]}
+
+    def loss(m, labelled, more, names, h):
+        seen.add((len(labelled[0]), len(labelled[1]), len(more), len(names)))
+        return ridge(m, labelled, h) + ((more @ m.w) ** 2).mean()
+
+    def of_names(low, labelled, more, names, top):
+        return loss(low, labelled, more, names, top)
+
+    def of_batch(low, batch, top):
+        return loss(low, batch["labelled"], batch["more"], batch["names"], top)
+
+    program.level("low", module={"w": randn(6, seed=3)}, data=data)(
+        of_names if by_name else of_batch
+    )
+
+    @program.level("top", lower=["low"], module={"s": randn(1, seed=4)}, data=[(X, Y)])
+    def top(top, batch, low):
+        return validation(top, batch, low)
+
+    mlodeco.hypergradient("top", program=program, hypergrad=Dense(curvature_batch=0.5))
+    assert seen == {(10, 10, 64, 2), (5, 5, 32, 2)}
+
+
+class Kept(MutableMapping):
+    """A mapping whose shallow copies share their entries."""
+
+    def __init__(self, **entries):
+        self.entries = entries
+
+    def __getitem__(self, key):
+        return self.entries[key]
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def __delitem__(self, key):
+        del self.entries[key]
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self):
+        return len(self.entries)
+
+
+@pytest.mark.parametrize("kind", [Kept, dict, collections.OrderedDict, Encoding])
+def test_the_users_batch_stays_whole(kind):
+    batch = kind(x=X, y=Y)
+
+    def low(m, batch, h):
+        return ridge(m, (batch["x"], batch["y"]), h)
+
+    modules = {"w": randn(6, seed=3)}, {"s": randn(1, seed=4)}
+    top_batch = (randn(20, 6, seed=5), randn(20, seed=6))
+    case = bilevel(low, validation, *modules, batch, top_batch)
+    wanted = partly([(X, Y)], [(X[:5], Y[:5])])
+    for _ in range(2):
+        assert relative(computed(case, Dense(curvature_batch=0.5)), wanted) < 1e-10
+        assert batch["x"] is X
+        assert batch["y"] is Y
+        assert len(batch) == 2
+
+
+@pytest.mark.parametrize("product", ["auto", "reverse", "forward", "difference"])
+@pytest.mark.parametrize("which", ["weights", "texts"])
+def test_an_error_on_a_part_of_the_batch_names_the_option(which, product):
+    def low(m, batch, h):
+        texts, x, y = batch
+        if which == "texts" and len(texts) != len(x):
+            raise ValueError("a label for each text, please")
+        weights = h.s.sigmoid() if which == "weights" else 1.0
+        return (weights * (x @ m.w - y) ** 2).mean() + (h.s[0].exp() * m.w**2).sum()
+
+    modules = {"w": randn(6, seed=3)}, {"s": randn(10, seed=4)}
+    case = bilevel(low, validation, *modules, (["a"] * 10, X, Y), (X, Y))
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        computed(case, CG(curvature_batch=0.5, product=product))
+    notes = " ".join(caught.value.__notes__)
+    assert "curvature_batch=0.5" in notes
+    assert "level 'low' (test_warm_start.py:" in notes
+    assert notes.count("curvature_batch=1.0") == 1
+    computed(case, CG(product=product))

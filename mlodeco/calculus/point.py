@@ -14,6 +14,9 @@ from mlodeco.calculus.randomness import make_seed, seed_streams
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.tree import Tree
 
+Batches = tuple[Mapping[str, Any], ...]
+"""For each micro-batch the values of the function's arguments that are not modules."""
+
 Memory = Mapping[str, Tree]
 """What a method keeps from one hypergradient of a run for the next, by names of its own."""
 
@@ -23,14 +26,17 @@ class Decisions:
     """How products of one level are taken, found out at first use and then kept.
 
     ``late`` says, for a set of reads, whether they enter the loss late;
-    ``touched`` names the own parameters that the loss depends on. ``hessian`` and ``cross`` name
-    the mode that worked after one without a rule for some operation.
+    ``touched`` names the own parameters that the loss depended on when it was first looked at:
+    enough for the scale of a step, and not for what a solve is about. ``hessian`` and ``cross``
+    name the mode that worked after one without a rule for some operation. ``needs_live_own``:
+    the loss itself takes gradients in the own parameters.
     """
 
     late: dict[tuple[str, ...], bool] = field(default_factory=dict)
     touched: frozenset[str] | None = None
     hessian: str | None = None
     cross: dict[tuple[str, ...], str] = field(default_factory=dict)
+    needs_live_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,20 @@ class Point:
 
     The loss is the mean over the micro-batches in ``batches``. Every pass at one
     point sees the same random numbers: those of ``seed``. ``optimizer_step`` gives the next
-    step of the level's optimizer, for the methods that ask.
+    step of the level's optimizer, for the methods that ask. ``part_of_batches`` gives the
+    micro-batches with a fraction of the samples of the level's own data, None where these have
+    no samples; ``fraction`` is that of the batches here.
     """
 
     loss: StatelessLoss
     values: Mapping[str, Tree]
-    batches: tuple[Mapping[str, Any], ...]
+    batches: Batches
     seed: int
     generators: tuple[torch.Generator, ...] = ()
     decisions: Decisions = field(default_factory=Decisions)
     optimizer_step: Callable[[], OptimizerStep] | None = None
+    part_of_batches: Callable[[float], Batches | None] | None = None
+    fraction: float = 1.0
 
     def losses(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The loss of each micro-batch in turn, with its metrics.
@@ -57,7 +67,21 @@ class Point:
         """
         for number, items in enumerate(self.batches):
             seed_streams(make_seed(self.seed, number), self.generators)
-            yield self.loss.call(items)
+            try:
+                result = self.loss.call(items)
+            except Exception as error:
+                if self.fraction < 1.0:
+                    error.add_note(self._note_of_the_cut())
+                raise
+            yield result
+
+    def _note_of_the_cut(self) -> str:
+        return (
+            f"with curvature_batch={self.fraction} the loss of level {self.loss.level!r} "
+            f"({self.loss.site}) sees the first samples of each tensor of its batch alone, with "
+            "every parameter, list and source whole; where it needs them to match, set "
+            "curvature_batch=1.0"
+        )
 
 
 @dataclass(frozen=True)

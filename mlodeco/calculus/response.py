@@ -24,12 +24,21 @@ class Status(Enum):
     )
     INDEFINITE = "met a direction without positive curvature: add damping, or use another method"
     SINGULAR = "the system is singular, solved in the least-squares sense: add damping"
+    GROWN = (
+        "the residual had grown tenfold at max_steps, so that the one of smallest residual was "
+        "taken: add damping, or raise max_steps"
+    )
     NOT_FINITE = "met a product with the Hessian that is not finite"
 
     @property
     def is_trouble(self) -> bool:
         """Whether a person should hear of it."""
-        return self in (Status.DIVERGING, Status.INDEFINITE, Status.SINGULAR)
+        return self in (
+            Status.DIVERGING,
+            Status.INDEFINITE,
+            Status.SINGULAR,
+            Status.GROWN,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,29 +16,31 @@ from mlodeco.errors import LossError
 
 
 def take_part(point: Point, fraction: float) -> Point:
-    """The same point with the first ``ceil(fraction * n)`` samples of each micro-batch.
-
-    n is the first dimension of the first tensor among the items; every tensor in dictionaries,
-    lists and tuples whose first dimension is n is cut.
+    """The same point with the first samples of each micro-batch, by :func:`first_samples`.
 
     Raises:
         LossError: a micro-batch has no tensor with samples.
     """
-    return replace(point, batches=tuple(_cut(point, items, fraction) for items in point.batches))
-
-
-def _cut(point: Point, items: Mapping[str, Any], fraction: float) -> Mapping[str, Any]:
-    size = _count(items)
-    if size is None:
+    batches = point.part_of_batches(fraction) if point.part_of_batches else None
+    if batches is None:
         raise LossError(
             f"curvature_batch={fraction} asks for a part of the batch, which has no samples: there "
-            f"is no tensor with a first dimension in {sorted(items)}.",
+            "is no tensor with a first dimension in it.",
             remedy="set curvature_batch=1.0, or give the level batches of tensors.",
             level=point.loss.level,
             site=point.loss.site,
         )
-    cut: Mapping[str, Any] = _first(items, size, math.ceil(round(fraction * size, 9)))
-    return cut
+    return replace(point, batches=batches, fraction=fraction)
+
+
+def first_samples(batch: Any, fraction: float) -> Any | None:
+    """The first ``ceil(fraction * n)`` samples of a batch; None if it has no samples.
+
+    n is the first dimension of the first tensor; every tensor in dictionaries, lists and
+    tuples whose first dimension is n is cut. The batch itself stays as it is.
+    """
+    size = _count(batch)
+    return None if size is None else _first(batch, size, math.ceil(round(fraction * size, 9)))
 
 
 def _count(value: Any) -> int | None:
@@ -55,8 +58,8 @@ def _first(value: Any, size: int, count: int) -> Any:
         return value[:count] if value.dim() and len(value) == size else value
     if isinstance(value, Mapping):
         parts = {key: _first(part, size, count) for key, part in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return parts
+        if type(value) is dict or not isinstance(value, dict | UserDict):
+            return parts  # a copy of another mapping might share its entries
         same_kind = copy.copy(value)
         same_kind.update(parts)
         return same_kind

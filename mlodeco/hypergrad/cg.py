@@ -12,6 +12,12 @@ from mlodeco.hypergrad.krylov import ROUNDING, Krylov
 from mlodeco.hypergrad.warm_start import fits
 from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
 
+_GROWTH = 10.0
+"""The residual, in units of ``|b|``, above which CG has gone astray at ``max_steps``.
+
+Not one: the residuals of good systems rise above ``|b|`` on their way, while the energy falls.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CG(Krylov):
@@ -28,10 +34,14 @@ class CG(Krylov):
             keep the others conjugate to it, where a step along it lowers the residual. Costs
             one Hessian product more, which is not counted as a step.
 
-    Stops with what it has, and says so, at a direction without positive curvature.
+    Says so where it stops at a direction without positive curvature, with x too long for the
+    dtype, or at ``max_steps`` with a residual of more than ten times ``|b|``: the system is
+    indefinite or singular, and CG's x may be of any length. What it gives then is the mean of
+    its iterates of smallest residual, which is what MINRES gives after as many steps.
 
     Reference:
-        Hestenes & Stiefel 1952; for hypergradients Rajeswaran et al. 2019, arXiv:1909.04630.
+        Hestenes & Stiefel 1952; for hypergradients Rajeswaran et al. 2019, arXiv:1909.04630;
+        the mean: Zhou & Walker 1994, doi:10.1137/0915021.
     """
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
@@ -50,29 +60,60 @@ class CG(Krylov):
         x, residual = (zeros_like(b), b) if line is None else line.search(b)
         start, squared = dot(b, b), dot(residual, residual)
         direction = residual if line is None else line.conjugate(residual)
-        goal = max(self.rtol, ROUNDING * epsilon(b)) ** 2 * start
-        steps, status = 0, Status.MAX_STEPS
-        while steps < self.max_steps:
-            if squared <= goal:
-                status = Status.CONVERGED
-                break
+        rounding = ROUNDING * epsilon(b)
+        goal = max(self.rtol, rounding) ** 2 * start
+        mean = _Mean(x, residual, squared)
+        steps, largest = 0, 0.0 if line is None else line.stretch()
+        while squared > goal and steps < self.max_steps:
             product = matvec(direction)
-            curvature = dot(direction, product)
+            curvature, size = dot(direction, product), norm(direction)
             if not isfinite(curvature):
                 return Solution.lost(b, steps)
-            if curvature <= 0.0:
-                status = Status.INDEFINITE
-                break
+            stretch = norm(product) / size
+            largest = max(largest, stretch)
+            flat = rounding * largest * size**2
+            if curvature <= flat:
+                # without negative curvature |H d|^2 <= |H| d^T H d: small, but for rounding
+                is_singular = curvature > -flat and stretch <= 0.1 * largest
+                status = Status.SINGULAR if is_singular else Status.INDEFINITE
+                return mean.solution(steps, start, status)
             length = squared / curvature
             x = add(x, direction, length)
+            steps += 1
+            if rounding * largest * norm(x) >= start**0.5:
+                return mean.solution(steps, start, Status.SINGULAR)
             residual = add(residual, product, -length)
             previous, squared = squared, dot(residual, residual)
-            steps += 1
+            mean = mean.include(x, residual, squared)
             fresh = residual if line is None else line.conjugate(residual)
             direction = add(fresh, direction, squared / previous)
-        else:
-            status = Status.CONVERGED if squared <= goal else status
+        if squared > _GROWTH**2 * start:
+            return mean.solution(steps, start, Status.GROWN)
+        status = Status.CONVERGED if squared <= goal else Status.MAX_STEPS
         return Solution(x, steps, (squared / start) ** 0.5, status)
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """The mean of the iterates of smallest residual.
+
+    CG's residuals are orthogonal: the weights are the inverse squares of their lengths.
+    """
+
+    value: Tree
+    residual: Tree
+    squared: float
+
+    def include(self, x: Tree, residual: Tree, squared: float) -> _Mean:
+        """The mean with one iterate more, whose residual has this squared length."""
+        weight = self.squared / (self.squared + squared)
+        value = add(scale(self.value, 1.0 - weight), x, weight)
+        rest = add(scale(self.residual, 1.0 - weight), residual, weight)
+        return _Mean(value, rest, weight * squared)
+
+    def solution(self, steps: int, start: float, status: Status) -> Solution:
+        """As what is left after these steps; ``start`` is the squared length of b."""
+        return Solution(self.value, steps, norm(self.residual) / start**0.5, status)
 
 
 @dataclass(frozen=True)
@@ -103,6 +144,10 @@ class _Line:
         """The x on the line of smallest ``x^T H x / 2 - b^T x``, and ``b - H x``."""
         length = dot(self.direction, b) / self.curvature
         return scale(self.direction, length), add(b, self.product, -length)
+
+    def stretch(self) -> float:
+        """How much longer H makes the direction."""
+        return norm(self.product) / norm(self.direction)
 
     def conjugate(self, vector: Tree) -> Tree:
         """The vector less its part along the line, in the inner product of H."""

@@ -73,7 +73,9 @@ class GMRES(Krylov):
                 status = Status.CONVERGED
                 break
             if cycle.is_exhausted:
-                status = Status.SINGULAR
+                # what the space lacks is rounding, which grows with the steps and with |H| |x|
+                is_solved = remaining <= rounding * (ROUNDING + steps)
+                status = Status.CONVERGED if is_solved else Status.SINGULAR
                 break
         return Solution(scale(unflatten(x, b), start), steps, remaining, status)
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import frexp, isfinite, ldexp
 
 from mlodeco.calculus.point import LowerProblem, Memory
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.subbatch import take_part
 from mlodeco.hypergrad.options import Options, check_fraction, check_number, check_product
-from mlodeco.tree import Tree, add, fill, is_zero, restrict, zeros_like
+from mlodeco.tree import Tree, add, fill, is_zero, norm, restrict, scale, zeros_like
+
+_LEAST = 1e-100
+"""The solvers' products of numbers below it, or above its inverse, may vanish or overflow."""
+
+_EXPONENT = 1000
+"""Larger powers of two may have no inverse."""
 
 MatVec = Callable[[Tree], Tree]
 """The product with the (damped) Hessian; takes and returns a tree shaped like b."""
@@ -31,7 +38,10 @@ class Implicit(Options, ABC):
         damping: added to the diagonal of H, in units of loss per squared parameter. Weight
             decay that the optimizer applies is not in the loss: give it here.
         curvature_batch: the fraction of each batch, its first samples, on which Hessian products
-            are taken, for speed and memory; cross products take the whole.
+            are taken, for speed and memory; cross products take the whole. Cut is every tensor
+            of the level's own batch, in dictionaries, lists and tuples, whose first dimension is
+            that of the first tensor; where ``data=`` is a mapping, each loader's item by its own
+            size. Items of sources, lists of other things and parameters stay whole.
     """
 
     product: str = "auto"
@@ -76,5 +86,17 @@ class Implicit(Options, ABC):
         b = fill(cotangent, restrict(problem.parameters, part.touched()))
         if is_zero(b):
             return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
-        solution, memory = self.proceed(matvec, b, problem.memory)
+        unit = _unit(norm(b))
+        solution, memory = self.proceed(matvec, scale(b, 1.0 / unit), problem.memory)
+        solution = replace(solution, value=scale(solution.value, unit))
         return Response(whole.cross(solution.value), solution, memory)
+
+
+def _unit(size: float) -> float:
+    """A power of two, so that rounding stays as it is; one unless products of b would vanish.
+
+    What a solver remembers is in this unit, of which warm starts are independent.
+    """
+    if _LEAST < size < 1.0 / _LEAST or not isfinite(size):
+        return 1.0
+    return ldexp(1.0, max(-_EXPONENT, min(frexp(size)[1], _EXPONENT)))

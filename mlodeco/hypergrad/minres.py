@@ -70,6 +70,8 @@ class MINRES(Krylov):
             cosines, sines = (cosines[1], diagonal / pivot), (sines[1], following / pivot)
             direction = scale(add(add(vector, older, -corner), old, -upper), 1.0 / pivot)
             x = add(x, direction, cosines[1] * remaining * size)
+            if rounding * largest * norm(x) >= size:
+                return flattest[1]
             remaining *= -sines[1]
             if abs(remaining) <= max(self.rtol, rounding) or following == 0.0:
                 status = Status.CONVERGED

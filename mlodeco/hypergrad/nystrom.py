@@ -12,7 +12,7 @@ from mlodeco.calculus.randomness import make_seed
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.options import check_count, check_number
-from mlodeco.tree import Tree, flatten, unflatten
+from mlodeco.tree import Tree, flatten, norm, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,34 +62,59 @@ class Nystrom(Implicit):
         """Solves on the range of H S exactly, and off it with the damping alone."""
         vector = _at_least_single(flatten(b))
         sketch = self._sketch(vector, b)
-
-        def undamped(column: Tensor) -> Tensor:
-            product = flatten(matvec(unflatten(column, b)))
-            return product.to(column.dtype) - self.damping * column
-
-        image = torch.stack([undamped(column) for column in sketch.T], dim=1)
-        if not bool(torch.isfinite(image).all()):
-            return Solution.lost(b, sketch.shape[1])
-        basis, _ = torch.linalg.qr(image)
-        rounding = len(sketch.T) * max(torch.finfo(part.dtype).eps for part in b.values())
-        values, vectors = torch.linalg.eigh(_core(sketch, image, basis, rounding))
+        image = torch.empty_like(sketch)
+        for row, column in zip(image, sketch, strict=True):
+            row.copy_(flatten(matvec(unflatten(column, b)))).sub_(column, alpha=self.damping)
+        if not bool(torch.isfinite(image.sum(dim=1)).all()):
+            return Solution.lost(b, len(sketch))
+        rounding = len(sketch) * max(torch.finfo(part.dtype).eps for part in b.values())
+        core = (sketch @ image.T).double()
+        del sketch
+        basis, inner = _orthonormalize(image)
+        values, vectors = torch.linalg.eigh(_core(core, inner.double(), rounding))
+        noise = len(values) * torch.finfo(values.dtype).eps * float(values.abs().max())
         values = values + self.damping
-        along = basis.T @ vector
+        along = basis @ vector
         within = vectors @ (_inverse(values) * (vectors.T @ along.double()))
-        off = vector - basis @ along
-        off = off - basis @ (basis.T @ off)
-        x = basis @ within.to(vector.dtype) + off / self.damping
-        status = Status.TRUNCATED if float(values[0]) > 0.0 else Status.INDEFINITE
-        return Solution(unflatten(x, b), sketch.shape[1], None, status)
+        off = vector - along @ basis
+        off = off - (basis @ off) @ basis
+        x = within.to(vector.dtype) @ basis + off / self.damping
+        status = Status.TRUNCATED if float(values[0]) > noise else Status.INDEFINITE
+        return Solution(unflatten(x, b), len(basis), None, status)
 
     def _sketch(self, like: Tensor, b: Tree) -> Tensor:
-        """S, rounded to the dtypes in which products are taken."""
+        """The columns of S, as rows, rounded to the dtypes in which products are taken."""
         generator = torch.Generator().manual_seed(self.seed or 0)
-        rank = min(self.rank, like.numel())
-        drawn = torch.randn(like.numel(), rank, dtype=torch.float64, generator=generator)
-        orthonormal: Tensor = torch.linalg.qr(drawn.to(like))[0]
-        rounded = [flatten(unflatten(column, b)).to(like) for column in orthonormal.T]
-        return torch.stack(rounded, dim=1)
+        drawn = like.new_empty(min(self.rank, like.numel()), like.numel())
+        for row in drawn:
+            row.copy_(torch.randn(like.numel(), dtype=like.dtype, generator=generator))
+        sketch, _ = _orthonormalize(drawn)
+        for row in sketch:
+            row.copy_(flatten(unflatten(row, b)))
+        return sketch
+
+
+def _orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The Q of ``rows = R^T Q``, written over the rows, and R; rows of zeros stay.
+
+    Gram and Schmidt's, three times, so that Q is orthonormal to rounding where rows depend on
+    each other as well; no memory but one row.
+    """
+    factor = rows.new_zeros(len(rows), len(rows))
+    for count, row in enumerate(rows):
+        size = 1.0
+        for _ in range(3):
+            along = rows[:count] @ row
+            row.sub_(along @ rows[:count])
+            factor[:count, count] += size * along
+            length = norm({"": row})
+            if length == 0.0:
+                size = 0.0
+                break
+            row.div_(length)
+            size *= length
+        factor[count, count] = size
+    return rows, factor
 
 
 def _at_least_single(vector: Tensor) -> Tensor:
@@ -97,10 +122,8 @@ def _at_least_single(vector: Tensor) -> Tensor:
     return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
-def _core(sketch: Tensor, image: Tensor, basis: Tensor, rounding: float) -> Tensor:
-    """``Q^T (H S) (S^T H S)^+ (H S)^T Q``, in double precision."""
-    inner = (basis.T @ image).double()
-    core = (sketch.T @ image).double()
+def _core(core: Tensor, inner: Tensor, rounding: float) -> Tensor:
+    """``(Q^T H S) (S^T H S)^+ (Q^T H S)^T``."""
     inverse = torch.linalg.pinv((core + core.T) / 2, rtol=rounding, hermitian=True)
     product: Tensor = inner @ inverse @ inner.T
     return (product + product.T) / 2

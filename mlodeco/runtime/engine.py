@@ -185,11 +185,22 @@ def _make_point(
         loss=level.loss,
         values={seen: values[seen] for seen in level.loss.sees},
         batches=tuple(items_for(level, batch, ctx) for batch in batches),
+        part_of_batches=partial(_part_of_batches, level, batches, ctx),
         seed=make_seed(built.run_seed, built.tick, name, *draw),
         generators=(ctx.generator,),
         decisions=level.decisions,
         optimizer_step=partial(read_step, level),
     )
+
+
+def _part_of_batches(
+    level: BuiltLevel, batches: tuple[Drawn, ...], ctx: Context, fraction: float
+) -> tuple[dict[str, Any], ...] | None:
+    keys = level.declaration.data_keys
+    parts = [part for batch in batches if (part := batch.part(fraction, keys)) is not None]
+    if len(parts) < len(batches):
+        return None
+    return tuple(items_for(level, part, ctx) for part in parts)
 
 
 def muted_context(built: Build, name: str, **known: Any) -> Context:

@@ -63,9 +63,8 @@ def read_step(level: BuiltLevel) -> OptimizerStep:
     Raises:
         OptimizerError: the level has no optimizer.
     """
-    optimizer = level.optimizer or make_optimizer(
-        level, "a method that differentiates its step, such as Sama,"
-    )
+    wanted_by = "a method that differentiates its step, such as Sama,"
+    optimizer = level.optimizer or make_optimizer(level, wanted_by)
     names = {id(parameter): name for name, parameter in level.parameters.items()}
     return OptimizerStep(
         level=level.name,

@@ -27,7 +27,8 @@ class Automatic:
     """Hessian products in reverse; cross products by duals if lambda enters late.
 
     Where an operation has no rule for a mode, the next one is tried, kept for the level
-    and named once in a warning. If every mode fails, the first error is raised.
+    and named once in a warning. Other errors are raised and change nothing for later; if every
+    mode fails, the first error is.
     """
 
     def __init__(self, problem: LowerProblem) -> None:
@@ -60,18 +61,17 @@ class Automatic:
             "reverse": lambda: self._full_graph.cross(v),
             "difference": lambda: self._difference.cross(v),
         }
-        start = self._cross_mode
-        used, result = self._first_that_runs(modes, start)
-        if used != start:
-            self._decisions.cross[self._problem.targets] = used
-        return result
+
+        def keep(mode: str) -> None:
+            self._decisions.cross[self._problem.targets] = mode
+
+        return self._first_that_runs(modes, self._cross_mode, keep)
 
     def _hessian_by(self, modes: Mapping[str, Callable[[], T]]) -> T:
-        start = self._decisions.hessian or "reverse"
-        used, result = self._first_that_runs(modes, start)
-        if used != start:
-            self._decisions.hessian = used
-        return result
+        def keep(mode: str) -> None:
+            self._decisions.hessian = mode
+
+        return self._first_that_runs(modes, self._decisions.hessian or "reverse", keep)
 
     @property
     def _cross_mode(self) -> str:
@@ -100,24 +100,32 @@ class Automatic:
     def _difference(self) -> Difference:
         return Difference(self._problem)
 
-    def _first_that_runs(self, modes: Mapping[str, Callable[[], T]], start: str) -> tuple[str, T]:
+    def _first_that_runs(
+        self, modes: Mapping[str, Callable[[], T]], start: str, keep: Callable[[str], None]
+    ) -> T:
+        """The product in the first mode from ``start`` on that runs.
+
+        Any error in ``reverse_over_forward`` leads to ``reverse``, which is as exact; only a
+        missing derivative rule leads on from there, and only that is kept.
+        """
         names = list(modes)
-        first: RuntimeError | None = None
+        errors: list[RuntimeError] = []
         for name in names[names.index(start) :]:
             try:
                 result = modes[name]()
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                first = first or error
-                if name == "reverse_over_forward":
-                    self._decisions.cross[self._problem.targets] = "reverse"
-                continue
-            if first is not None:
-                self._say(start, name, first)
-            return name, result
-        self._decisions.cross.pop(self._problem.targets, None)
-        raise first if first is not None else RuntimeError("no product mode")
+                if is_out_of_memory(error):
+                    raise
+                errors.append(error)
+                if name == "reverse_over_forward" or lacks_rule(error):
+                    continue
+                break
+            if errors:
+                self._say(start, name, errors[0])
+                if all(map(lacks_rule, errors)):
+                    keep(name)
+            return result
+        raise errors[0]
 
     def _say(self, wanted: str, used: str, error: RuntimeError) -> None:
         loss = self._problem.point.loss
@@ -133,6 +141,26 @@ class Automatic:
             FallbackWarning,
             stacklevel=2,
         )
+
+
+_NO_RULE = re.compile(
+    r"is not implemented|not been implemented|forward AD\b|forward[- ]mode\b|forward gradient|jvp"
+    r"|double backward|once_differentiable|differentiable twice|second derivative",
+    re.IGNORECASE,
+)
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE
+)
+
+
+def lacks_rule(error: RuntimeError) -> bool:
+    """Whether autograd says that an operation cannot be differentiated in this way."""
+    return isinstance(error, NotImplementedError) or _NO_RULE.search(str(error)) is not None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, which another mode would hardly mend."""
+    return isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 _PATTERNS = (

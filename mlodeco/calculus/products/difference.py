@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradients, live
 from mlodeco.tree import Tree, add, norm, restrict, scale
@@ -53,12 +54,15 @@ class Difference:
         return {key: found[key] if key in found else torch.zeros_like(v[key]) for key in v}
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
-        """Two gradients in lambda; the copies of w require none."""
+        """Two gradients in lambda; the copies of w require none unless the loss asks."""
         values = self._problem.point.values
 
         def at(shifted: Tree) -> Cross:
             targets = {level: live(values[level]) for level in self._problem.targets}
-            return self._gradient(shifted, targets)
+            return live_if_needed(
+                self._problem,
+                lambda is_live: self._gradient(live(shifted) if is_live else shifted, targets),
+            )
 
         return self._central(v, at)
 

@@ -12,6 +12,7 @@ hook or a custom function changes the backward pass they do not.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -19,6 +20,7 @@ from torch.autograd import forward_ad
 from mlodeco.calculus.forward_mode import NoGradStopsTangents
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.first_order import first_gradient
+from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.tree import Tree, add
@@ -30,12 +32,13 @@ class Forward:
     def __init__(self, problem: LowerProblem) -> None:
         self._problem = problem
 
+    @cached_property
+    def _touched(self) -> tuple[str, ...]:
+        return tuple(first_gradient(self._problem))
+
     def touched(self) -> tuple[str, ...]:
-        """Found by one gradient, at first use."""
-        decisions = self._problem.point.decisions
-        if decisions.touched is None:
-            return tuple(first_gradient(self._problem))
-        return tuple(key for key in self._problem.parameters if key in decisions.touched)
+        """Found by one gradient: a loss may take another branch than at another point."""
+        return self._touched
 
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         """One pass, with the gradient in w."""
@@ -45,16 +48,21 @@ class Forward:
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """One pass, with the gradient in lambda."""
-        return self._tangents(v, self._problem.targets)
+        return live_if_needed(
+            self._problem, lambda is_live: self._tangents(v, self._problem.targets, is_live)
+        )
 
-    def _tangents(self, v: Mapping[str, Tensor], wanted: tuple[str, ...]) -> Cross:
+    def _tangents(
+        self, v: Mapping[str, Tensor], wanted: tuple[str, ...], is_live: bool = True
+    ) -> Cross:
         """The tangents of the gradients in the parameters of the levels wanted."""
         problem, point = self._problem, self._problem.point
         values = {**point.values, problem.level: problem.parameters}
         leaves = {level: live(values[level]) for level in wanted}
+        parameters = live(problem.parameters) if is_live else problem.parameters
         share = 1.0 / len(point.batches)
         with forward_ad.dual_level():
-            own = leaves.get(problem.level, problem.parameters)
+            own = leaves.get(problem.level, parameters)
             duals = {
                 key: forward_ad.make_dual(value, v[key].detach()) if key in v else value
                 for key, value in own.items()

@@ -70,19 +70,22 @@ class Reverse:
 
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         """One vjp through the graph of the gradient."""
-        found = self._pull_back(v, self._touched)
+        found = self._pull_back(v, self._touched, keep=True)
         return {key: found[key] if key in found else v[key].new_zeros(v[key].shape) for key in v}
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
-        """One vjp through the graph of the gradient."""
+        """One vjp through the graph of the gradient, then freed; another has its own."""
         inputs = {(lv, key): t for lv, tree in self._targets.items() for key, t in tree.items()}
-        found = self._pull_back(v, inputs)
+        found = self._pull_back(v, inputs, keep=False)
+        vars(self).pop("_gradients", None)
         result: Cross = {level: {} for level in self._targets}
         for (level, key), value in found.items():
             result[level][key] = value
         return result
 
-    def _pull_back(self, v: Mapping[str, Tensor], inputs: Mapping[K, Tensor]) -> dict[K, Tensor]:
+    def _pull_back(
+        self, v: Mapping[str, Tensor], inputs: Mapping[K, Tensor], *, keep: bool
+    ) -> dict[K, Tensor]:
         share = 1.0 / len(self._gradients)
         pairs = [
             (g[key], v[key] * share if share != 1.0 else v[key])
@@ -96,6 +99,6 @@ class Reverse:
         weights = [weight for _, weight in pairs]
 
         def pull() -> dict[K, Tensor]:
-            return gradient(outputs, inputs, weights, retain_graph=True)
+            return gradient(outputs, inputs, weights, retain_graph=keep)
 
         return self._problem.point.loss.within(self._state, pull)
