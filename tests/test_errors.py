@@ -1223,6 +1223,7 @@ def test_a_level_without_a_name_is_refused():
     with pytest.raises(DeclarationError, match="without a name") as caught:
         Program().level(module={"x": torch.zeros(1)})(new_loss)
     assert "@level('name', module=..., ...)" in caught.value.remedy
+    assert caught.value.level is None
     assert re.fullmatch(r"test_errors\.py:\d+", caught.value.site)
 
 

@@ -155,7 +155,7 @@ class Registry:
 
         def decorate(function: F) -> F:
             site = locate(function)
-            check = Checker("@level", name if isinstance(name, str) else None, site)
+            check = Checker("@level", name if isinstance(name, str) and name else None, site)
             if name == "":
                 raise check.error("@level was used without a name.", remedy=f"write {_LEVEL}.")
             check.level_name(name)

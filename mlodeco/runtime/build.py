@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -378,31 +378,41 @@ def _warn_of_unread_sources(built: Build) -> None:
 
 
 def _warn_of_idle_options(built: Build, registry: Registry) -> None:
-    """Warns of options that a level has no use for."""
     for name, level in built.levels.items():
-        declaration = level.declaration
-        fields = level.binding.of(Role.FIELD)
-        idle = ""
-        if declaration.fields and not fields:
-            idle = "fields= is given and the function takes none of them"
-            remedy = f"take them as arguments: {', '.join(declaration.fields)}"
-        elif declaration.data is not None and not (
-            fields or level.binding.of(Role.BATCH, Role.DATA) or _is_heard(registry, name)
-        ):
-            idle = "data= is given and the function takes nothing of it"
-            names = ", ".join(declaration.data_keys) or "batch"
-            remedy = f"take it as an argument: {names}"
-        elif not built.graph.uppers(name) and (declaration.rollback or declaration.inner_steps > 1):
-            option = "rollback" if declaration.rollback else "inner_steps"
-            idle = f"{option}= is given and no level has {name!r} in its lower="
-            remedy = f"add {name!r} to lower= of the level that waits for it"
-        if idle:
+        for idle, remedy in _idle_options(built, level, registry):
             warnings.warn(
                 f"level {name!r} ({level.site}): {idle}, so that it has no effect. Remedy: "
                 f"{remedy}, or leave the option out.",
                 GraphWarning,
                 stacklevel=3,
             )
+
+
+def _idle_options(built: Build, level: BuiltLevel, registry: Registry) -> Iterator[tuple[str, str]]:
+    """Options that a level has no use for, and how it would have one."""
+    declaration, name = level.declaration, level.name
+    fields = level.binding.of(Role.FIELD)
+    taken = level.binding.of(Role.BATCH, Role.FIELD, Role.DATA)
+    if declaration.fields and not fields:
+        yield (
+            "fields= is given and the function takes none of them",
+            f"take them as arguments: {', '.join(declaration.fields)}",
+        )
+    elif declaration.data is not None and not taken and not _is_heard(registry, name):
+        yield (
+            "data= is given and the function takes nothing of it",
+            f"take it as an argument: {', '.join(declaration.data_keys) or 'batch'}",
+        )
+    if not built.graph.uppers(name):
+        for option, given in (
+            ("inner_steps", declaration.inner_steps > 1),
+            ("rollback", declaration.rollback),
+        ):
+            if given:
+                yield (
+                    f"{option}= is given and no level has {name!r} in its lower=",
+                    f"add {name!r} to lower= of the level that waits for it",
+                )
 
 
 def _is_heard(registry: Registry, level: str) -> bool:
