@@ -63,7 +63,9 @@ def read_step(level: BuiltLevel) -> OptimizerStep:
     Raises:
         OptimizerError: the level has no optimizer.
     """
-    optimizer = level.optimizer or make_optimizer(level, "a method that differentiates its step, such as Sama,")
+    optimizer = level.optimizer or make_optimizer(
+        level, "a method that differentiates its step, such as Sama,"
+    )
     names = {id(parameter): name for name, parameter in level.parameters.items()}
     return OptimizerStep(
         level=level.name,
