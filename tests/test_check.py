@@ -455,9 +455,14 @@ def test_methods_that_were_tried_in_vain_are_listed():
     assert f"is far off, and none of the methods tried comes near ({tried})" in advice
 
 
-def test_another_damping_of_the_reference_is_named_as_the_reason():
-    report = mlodeco.check("top", program=quadratic().program, hypergrad=Dense(), damping=5.0)
-    assert "the system with damping 0, the reference that with 5" in report.advice
+def test_turns_have_the_damping_of_the_reference():
+    case = quadratic()
+    report = mlodeco.check("top", program=case.program, hypergrad=Dense(), damping=5.0)
+    assert "use Dense(damping=5.0) in place of Dense()" in report.advice
+    biased = CG(damping=5.0, max_steps=50)
+    report = mlodeco.check("top", program=case.program, hypergrad=biased, damping=0.0)
+    assert "in place of CG(damping=5.0, max_steps=50)" in report.advice
+    assert "use CG(damping" not in report.advice
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 100, 200])

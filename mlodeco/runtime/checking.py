@@ -256,7 +256,12 @@ class _Checker:
                 "times the right length: Adam does not mind; for SGD divide the learning rate of "
                 f"{self._plan.top!r} by that{', or set scale' if hasattr(method, 'scale') else ''}."
             )
-        tried = [self._check(edge, other) for other in turned(method)] if method else []
+        damping = _damping_of(self._reference[edge])
+        turns: tuple[Any, ...] = turned(method) if method else ()
+        if isinstance(method, Implicit) and method.damping != damping:
+            # another system than the reference's, whatever the solver
+            turns = tuple(replace(turn, damping=damping) for turn in (method, *turns))
+        tried = [self._check(edge, turn) for turn in turns]
         better = [turn for turn in tried if _is_better(turn.agreement, agreement)]
         if better:
             best = max(better, key=lambda turn: _quality(turn.agreement))
@@ -267,12 +272,6 @@ class _Checker:
             )
         if method is None:
             return f"{worst.name}: the edge is closed; set a method, such as hypergrad='neumann'."
-        own, other = _damping_of(method), _damping_of(self._reference[edge])
-        if isinstance(method, Implicit) and own != other:
-            return (
-                f"{worst.name}: {worst.method} solves the system with damping {own:g}, the "
-                f"reference that with {other:g}: no solver mends that."
-            )
         names = ", ".join(turn.method for turn in tried)
         none = f"none of the methods tried comes near ({names})" if tried else "has no other knob"
         return (
