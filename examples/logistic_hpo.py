@@ -56,7 +56,7 @@ PATIENCE = 5  # turns of penalty without a better loss on the samples kept apart
 CAPTION = (
     "Test accuracy in % and test log loss of logistic regression, fitted to the same samples with "
     "one regularization coefficient, by cross-validation, and with one for each feature, learned. "
-    "gain: each minus one."
+    "gain = each - one."
 )
 COLUMNS = ("accuracy\none", "\neach", "\ngain", "log loss\none", "\neach", "\ngain")
 FILES = {"a9a": "libsvm_uci/a9a.npz", "news20": "news20_counts/news20_counts_full.npz"}
@@ -260,15 +260,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=("digits", *FILES), default="digits")
     parser.add_argument("--data", type=Path, metavar="DIR", help="where a9a or news20 is")
-    parser.add_argument("--noise", type=int, default=256, help="columns, for digits (default: 256)")
+    parser.add_argument("--noise", type=int, help="columns, for digits (default: 256)")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 5; with --data 1)")
     parser.add_argument("--turns", type=int, default=40, help="of penalty, at most (default: 40)")
     given = parser.parse_args()
     seeds = given.seeds if given.seeds is not None else 1 if given.data else 5
-    if seeds < 1 or given.turns < 1 or given.noise < 0:
+    noise = 256 if given.noise is None else given.noise
+    if seeds < 1 or given.turns < 1 or noise < 0:
         parser.error("--seeds and --turns must be at least 1, --noise at least 0")
     if (given.dataset == "digits") != (given.data is None):
         parser.error("--data DIR and --dataset a9a or --dataset news20 go together")
+    if given.data and given.noise is not None:
+        parser.error("--noise is for digits, and goes with no --data")
+    if given.data and given.data.is_file():
+        parser.error(f"--data {given.data}: {given.data} is not a folder")
     try:
         data = load(given.data, given.dataset) if given.data else None
     except FileNotFoundError:
@@ -278,8 +283,9 @@ def main() -> None:
     torch.set_num_threads(1)  # the rest is for other programs
     rows = {}
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        rows[seed] = experiment(data or digits(given.noise, seed), given.turns, seed)
-    show(rows, given.dataset if data else f"digits with {given.noise} columns of noise")
+        rows[seed] = row = experiment(data or digits(noise, seed), given.turns, seed)
+        print(f"seed {seed}: accuracy {row[0]:.1f} with one, {row[1]:.1f} with each", flush=True)
+    show(rows, given.dataset if data else f"digits with {noise} columns of noise")
 
 
 if __name__ == "__main__":

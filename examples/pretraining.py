@@ -227,6 +227,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 def fashion(folder: Path) -> tuple[Tensor, Tensor]:
     """All 70,000 images, from the arrays x_train, y_train, x_test and y_test of one file."""
+    if folder.is_file():
+        raise FileNotFoundError(f"--data {folder}: {folder} is not a folder.")
     inside = folder / "fashion_mnist" / "fashion_mnist.npz"
     file = inside if inside.exists() else folder / "fashion_mnist.npz"
     if not file.exists():
@@ -265,7 +267,8 @@ def show(rows: dict[int, list[float]], steps: int) -> None:
         f"Three levels minus {COLUMNS[best]}, the best other column: {mean(gains):.2f}{error} "
         "points"
     )
-    console.print("(mean of the differences, seed by seed, +- its standard error)")
+    if len(gains) > 1:
+        console.print("(mean of the differences, seed by seed, +- its standard error)")
 
 
 def formatted(row: list[float]) -> list[str]:

@@ -169,7 +169,8 @@ def show(rows: dict[int, list[float]], steps: int) -> None:
     console.print(
         f"Reweighted minus {COLUMNS[best]}, the best other column: {mean(gains):.2f}{error} points"
     )
-    console.print("(mean of the differences, seed by seed, +- its standard error)")
+    if len(gains) > 1:
+        console.print("(mean of the differences, seed by seed, +- its standard error)")
 
 
 def formatted(row: list[float]) -> list[str]:

@@ -234,8 +234,8 @@ def check(
         Errors and cosines by edge and overall, and which knob to turn; ``print`` shows a table.
 
     Raises:
-        MlodecoError: the program or a batch does not fit, or the level has no lower level to
-            differentiate through.
+        MlodecoError: the program or a batch does not fit, or the level has no path to compare
+            on: by Eq. (2), or with ``nested`` by nested best responses.
     """
     found = compare(
         level,

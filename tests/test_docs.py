@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import mlodeco
+from mlodeco.declare.registry import EVENTS
+from mlodeco.hypergrad import NAMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,6 +46,26 @@ def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_listed():
+    names = {page.name for page in PAGES[1:]}
+    index = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
+    assert names - {"index.md"} <= index
+    readme = set(LINK.findall((ROOT / "README.md").read_text()))
+    assert {f"docs/{name}" for name in names} <= readme
+
+
+def test_every_event_of_a_hook_is_listed():
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    table = text[text.index("| event | when |") :].partition("\n\n")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert listed == list(EVENTS)
+
+
+def test_every_method_has_its_name_in_the_page_about_methods():
+    text = (ROOT / "docs" / "choosing-a-method.md").read_text()
+    assert [name for name in NAMES if f'`"{name}"`' not in text] == []
 
 
 def test_readme_names_the_two_commands():

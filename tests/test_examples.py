@@ -69,6 +69,8 @@ def test_a_coefficient_each_beats_one_where_most_features_are_noise():
     assert (done.returncode, done.stderr) == (0, "")
     (row,) = re.findall(r"^│ +100 .*$", done.stdout, re.MULTILINE)
     one, each, gain, one_loss, each_loss, gain_loss = map(float, re.findall(r"[-+]?\d+\.\d+", row))
+    assert done.stdout.startswith("seed 100: accuracy ")
+    assert "gain = each - one" in done.stdout
     assert one > 80
     assert gain == pytest.approx(each - one, abs=0.11)
     assert gain_loss == pytest.approx(each_loss - one_loss, abs=0.0011)
@@ -137,6 +139,8 @@ def test_both_solvers_minimize_the_same(hpo, folder, name):
         (["--seeds", "0"], "at least 1"),
         (["--turns", "0"], "at least 1"),
         (["--noise", "-1"], "at least 0"),
+        (["--noise", "8", "--data", "bad", "--dataset", "a9a"], "--noise is for digits"),
+        (["--data", "bad/a9a.npz", "--dataset", "a9a"], "bad/a9a.npz is not a folder"),
     ],
 )
 def test_wrong_input_gets_a_message(hpo, monkeypatch, capsys, tmp_path, arguments, message):

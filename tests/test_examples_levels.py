@@ -108,12 +108,20 @@ def fashion(tmp_path_factory):
     return folder
 
 
+def test_quickstart_with_one_seed_claims_no_standard_error():
+    done = run("quickstart", "--seeds", 1, "--steps", 20)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Reweighted minus" in done.stdout
+    assert "standard error" not in done.stdout
+
+
 class TestPretraining:
     def test_three_levels_beat_the_others_and_find_who_is_careless(self):
         done = run("pretraining", "--seeds", 1, "--steps", 300)
         assert (done.returncode, done.stderr) == (0, "")
         for word in ("target only", "pooled", "plain", "two levels", "three levels", "AUC"):
             assert word in done.stdout
+        assert "+-" not in done.stdout  # one seed has no standard error
         (row,) = re.findall(r"^│ mean.*$", done.stdout, re.MULTILINE)
         *baselines, three, auc = map(float, re.findall(NUMBER, row))
         assert len(baselines) == 4
@@ -133,6 +141,12 @@ class TestPretraining:
         assert done.returncode == 1
         assert "fashion_mnist.npz" in done.stderr
         assert "nowhere" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_says_that_a_file_is_no_folder(self, fashion):
+        done = run("pretraining", "--data", fashion / "fashion_mnist.npz")
+        assert done.returncode == 1
+        assert "fashion_mnist.npz is not a folder" in done.stderr
         assert "Traceback" not in done.stderr
 
     @pytest.mark.parametrize("option", ["--seeds", "--steps"])

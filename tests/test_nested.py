@@ -1066,3 +1066,40 @@ def test_eq_2_says_where_nested_alone_follows():
     with pytest.warns(GraphWarning, match="set nested=True"):
         mlodeco.hypergradient("top", program=program, hypergrad="dense")
     mlodeco.hypergradient("top", program=program, hypergrad="dense", nested=True)
+
+
+def test_the_text_of_a_graph_says_where_nested_alone_follows():
+    program = Quartics(CHAIN, NONLINEAR["through_low_alone"][1]).program()
+    lines = str(program.graph()).split("\n")
+    assert (
+        "paths of top: none, its hypergradient is the direct gradient; nested=True sees more"
+        in lines
+    )
+
+
+def idle_read(*, through):
+    """top reads mid in vain; low depends on mid, and top on low if ``through``."""
+    program = Program()
+    program.level("low", module={"x": randn(2)})(lambda m, mid: ((m.x - mid.x) ** 2).sum())
+
+    @program.level("mid", lower=["low"], module={"x": randn(2, seed=2)})
+    def mid(m, low, top):
+        return ((m.x - top.x) ** 2).sum() + (low.x**2).sum()
+
+    @program.level("top", lower=["mid"], module={"x": randn(2, seed=3)})
+    def top(m, mid, low):
+        return (m.x**2).sum() + ((low.x**2).sum() if through else 0.0)
+
+    return program
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_a_read_in_vain_may_need_nested(through):
+    with pytest.warns(GraphWarning, match="'top' reads 'mid' but its loss does not") as seen:
+        mlodeco.hypergradient("top", program=idle_read(through=through), hypergrad="cg")
+    remedy = "or set nested=True, if it acts through 'low'."
+    of_mid = next(str(one.message) for one in seen if "reads 'mid'" in str(one.message))
+    assert (remedy in of_mid) == through
+    if through:
+        nested = idle_read(through=True)
+        mlodeco.hypergradient("top", program=nested, hypergrad="cg", nested=True)

@@ -66,6 +66,14 @@ def plan_nest(graph: Graph, top: str, is_open: Callable[[str, str], bool]) -> Ne
     return plan
 
 
+def sees_more(graph: Graph, top: str, is_open: Callable[[str, str], bool]) -> bool:
+    """Whether nested best responses carry something to a level that has no path of Eq. (2)."""
+    try:
+        return bool(plan_nest(graph, top, is_open).responses[top])
+    except GraphError:
+        return False
+
+
 def _edges_needed(
     graph: Graph,
     name: str,

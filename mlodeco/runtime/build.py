@@ -17,7 +17,7 @@ from mlodeco.declare.binding import Binding, BoundSource, Role, bind, bind_sourc
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import Registry, require_levels
 from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
-from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep
+from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep, sees_more
 from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
@@ -107,12 +107,21 @@ class Build:
 
     def needs_nesting(self, top: str, methods: Methods | None = None) -> bool:
         """Whether lower levels carry something to ``top`` with ``nested=True`` alone."""
-        if self.plan(top, methods).visits:
-            return False
+        chosen = self.methods if methods is None else methods
+        return not self.plan(top, methods).visits and sees_more(
+            self.graph, top, lambda upper, low: chosen[upper, low] is not None
+        )
+
+    def responds_below(self, name: str, low: str) -> tuple[str, ...]:
+        """The levels that ``name`` reads below it whose best responses depend on ``low``."""
+        if low not in self.graph.best_responses(name):
+            return ()
         try:
-            return bool(self.nest(top, methods).responses[top])
+            nest = self.nest(name)
         except GraphError:
-            return False
+            return ()
+        reads = self.graph.best_responses(name)
+        return tuple(other for other in reads if low in nest.inputs[other])
 
     def reads_on_paths(self, name: str) -> tuple[str, ...]:
         """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""

@@ -17,7 +17,7 @@ from mlodeco.hypergrad import Converged, Implicit, Neumann, spell, turned
 from mlodeco.runtime.build import Build, Methods
 from mlodeco.runtime.engine import Batches, compute_hypergradient, levels_involved, muted_context
 from mlodeco.runtime.functional import check_nested, find_batches, prepare, present_entropy
-from mlodeco.tree import Tree, add, dot, norm
+from mlodeco.tree import Tree, add, dot, epsilon, norm
 
 _RIGHT = 0.99
 """The cosine from which on a direction counts as right."""
@@ -30,6 +30,9 @@ _SOLVED = 0.9
 
 _LADDER = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """Dampings that are tried, the easiest first."""
+
+_ROUNDING_SINGLE, _ROUNDING_DOUBLE = 1e-4, 1e-8
+"""The residuals below which a reference is solved, in single and in double precision."""
 
 _WORTH = 0.8
 """A turn must leave less than this share of ``1 - cosine`` or of the error."""
@@ -58,6 +61,11 @@ class Agreement:
         error = norm(add(found, reference, -1.0)) / wanted
         cosine = dot(found, reference) / size / wanted if size > 0.0 else None
         return Agreement(error, cosine, size / wanted)
+
+    @property
+    def are_zero(self) -> bool:
+        """Whether both are zero."""
+        return self.error == 0.0 and self.length is None
 
     @property
     def is_right(self) -> bool:
@@ -124,22 +132,25 @@ def compare(
 ) -> Findings:
     """Compares the methods of a level's sweep with converged ones; changes nothing."""
     _check_damping(damping)
+    check_nested(nested)
     built, methods, given = prepare(level, batches, program, hypergrad)
     reference = {
         edge: Converged(damping=_damping_of(method) if damping is None else damping)
         for edge, method in methods.items()
     }
     plan = built.plan(level, dict(reference))
-    edges = _edges_of(plan)
-    if not edges:
-        raise RunError(
-            f"level {level!r} has no lower level to differentiate through.",
-            expected="a level with a path through lower levels: see program.graph().",
-            remedy="check a level above others.",
-            level=level,
-            site=built.levels[level].site,
-        )
-    check_nested(nested)
+    if not _edges_of(plan):
+        sees_more = built.needs_nesting(level, dict(reference))
+        if not (nested and sees_more):
+            raise RunError(
+                f"level {level!r} has no path by Eq. (2); nested=True sees more."
+                if sees_more
+                else f"level {level!r} has no lower level to differentiate through.",
+                expected="a level with a path through lower levels: see program.graph().",
+                remedy="set nested=True." if sees_more else "check a level above others.",
+                level=level,
+                site=built.levels[level].site,
+            )
     involved = dict.fromkeys(levels_involved(built, level, dict(reference), nested=False))
     if nested:
         involved.update(dict.fromkeys(levels_involved(built, level, dict(reference), nested=True)))
@@ -196,14 +207,16 @@ class _Checker:
         gap = self._gap_to_nested() if nested else None
         edges = [self._check(edge, self._methods[edge]) for edge in _edges_of(self._plan)]
         actual = self._sweep(self._methods)
+        indirect = self._agreement(actual)
+        advice = self._advise(edges, indirect)
         return Findings(
             level=self._plan.top,
             edges=tuple(edges),
-            indirect=self._agreement(actual),
+            indirect=indirect,
             overall=Agreement.between(actual.gradient, self._exact.gradient),
             nested=gap,
             references=self._exact.solves,
-            advice=" ".join([self._advise(edges), *_advise_on_nested(gap), *self._doubts()]),
+            advice=" ".join([advice, *_advise_on_nested(gap), *self._doubts()]),
         )
 
     def _sweep(self, methods: Methods, *, nested: bool = False) -> Hypergradient:
@@ -241,34 +254,47 @@ class _Checker:
         name = "none (direct gradient only)" if method is None else spell(method)
         return EdgeCheck(*edge, name, solve, self._agreement(found))
 
-    def _advise(self, edges: list[EdgeCheck]) -> str:
+    def _advise(self, edges: list[EdgeCheck], indirect: Agreement) -> str:
+        if not edges:
+            return "Eq. (2) has no path here: its hypergradient is the direct gradient."
+        if indirect.are_zero:
+            return (
+                "Of the indirect hypergradient and its reference both are zero: no path carries "
+                "anything."
+            )
         worst = min(edges, key=lambda e: (e.agreement.is_right, _quality(e.agreement)))
         agreement = worst.agreement
+        edge = worst.upper, worst.lower
+        method = self._methods[edge]
         if agreement.is_right and (agreement.error or 0.0) <= _NEAR:
             return "Every edge agrees with its reference: no knob needs a turn."
         if agreement.is_right:
             return (
                 f"{worst.name}: {worst.method} has the right direction and {agreement.length:.2g} "
-                "times the right length: Adam does not mind; for SGD divide the level's learning "
-                "rate by that, or set the method's scale."
+                "times the right length: Adam does not mind; for SGD divide the learning rate of "
+                f"{self._plan.top!r} by that{', or set scale' if hasattr(method, 'scale') else ''}."
             )
-        edge = worst.upper, worst.lower
-        method = self._methods[edge]
-        tried = [self._check(edge, other) for other in turned(method)] if method else []
+        damping = _damping_of(self._reference[edge])
+        turns: tuple[Any, ...] = turned(method) if method else ()
+        if isinstance(method, Implicit) and method.damping != damping:
+            # another system than the reference's, whatever the solver
+            turns = tuple(replace(turn, damping=damping) for turn in (method, *turns))
+        tried = [self._check(edge, turn) for turn in turns]
         better = [turn for turn in tried if _is_better(turn.agreement, agreement)]
         if better:
             best = max(better, key=lambda turn: _quality(turn.agreement))
             return (
                 f"{worst.name}: use {best.method} in place of {worst.method}: the cosine goes from "
-                f"{_figure(agreement.cosine)} to {_figure(best.agreement.cosine)}, the relative "
+                f"{_cosine(agreement.cosine)} to {_cosine(best.agreement.cosine)}, the relative "
                 f"error from {_figure(agreement.error)} to {_figure(best.agreement.error)}."
             )
         if method is None:
             return f"{worst.name}: the edge is closed; set a method, such as hypergrad='neumann'."
-        names = ", ".join(turn.method for turn in tried) or "it has none"
+        names = ", ".join(turn.method for turn in tried)
+        none = f"none of the methods tried comes near ({names})" if tried else "has no other knob"
         return (
-            f"{worst.name}: no turn of a knob brings {worst.method} near (tried: {names}): the "
-            f"system is nearly singular, indefinite or large. {self._soften(edge, method)}"
+            f"{worst.name}: {worst.method} is far off, and {none}: the system is nearly singular, "
+            f"indefinite or large. {self._soften(edge, method)}"
         )
 
     def _soften(self, edge: tuple[str, str], method: Method) -> str:
@@ -289,28 +315,42 @@ class _Checker:
             turn = easier._check(edge, damped)
             if (turn.agreement.cosine or 0.0) < _SOLVED:
                 break
-            found = f"{turn.method} solves a smoother one (cosine {_figure(turn.agreement.cosine)})"
+            found = f"{turn.method} solves a smoother one (cosine {_cosine(turn.agreement.cosine)})"
         return f"{found}." if found else "Solve the lower level further first."
 
     def _doubts(self) -> list[str]:
         """A sentence for each reference that is none, and one about warm starts."""
         warm = any(getattr(method, "warm_start", False) for method in self._methods.values())
         cold = ["Solves are cold here: a run's warm starts are better."] if warm else []
-        return cold + [
-            f"The reference at {solve.level!r} is itself rough, with a residual of "
-            f"{_figure(solve.solution.residual)} after {solve.solution.steps} products: take its "
-            "figures as a sign, or pass damping= for a system that is easier."
-            for solve in self._exact.solves
-            if solve.solution.status is not Status.CONVERGED
-        ]
+        return cold + [doubt for solve in self._exact.solves if (doubt := _doubt(solve))]
+
+
+def _doubt(solve: Solve) -> str:
+    """What to say of a reference: nothing where its residual is at rounding."""
+    solution = solve.solution
+    if solution.status is Status.CONVERGED or not solution.value:
+        return ""
+    rounding = _ROUNDING_SINGLE if epsilon(solution.value) > _ROUNDING_DOUBLE else _ROUNDING_DOUBLE
+    if solution.residual is not None and solution.residual < rounding:
+        if solution.status is Status.SINGULAR:
+            return f"At {solve.level!r} the system is singular: solved in the least-squares sense."
+        return ""
+    return (
+        f"The reference at {solve.level!r} is itself rough, with a residual of "
+        f"{_figure(solution.residual)} after {solution.steps} products: take its figures as a "
+        "sign, or have another, easier system as the reference: check(..., damping=...)."
+    )
 
 
 def _advise_on_nested(gap: Agreement | None) -> list[str]:
-    if gap is None or gap.error is None or gap.error <= _NEAR:
+    if gap is None or (gap.error is not None and gap.error <= _NEAR):
         return []
+    if gap.error is None:
+        return ["The true derivative is zero, and Eq. (2) is not: use nested=True."]
+    cosine = "" if gap.cosine is None else f" (cosine {_cosine(gap.cosine)})"
     return [
-        f"Eq. (2) itself has a relative error of {_figure(gap.error)} against the true derivative "
-        f"(cosine {_figure(gap.cosine)}), however well it is solved: use nested=True."
+        f"Eq. (2) itself has a relative error of {_figure(gap.error)} against the true derivative"
+        f"{cosine}, however well it is solved: use nested=True."
     ]
 
 
@@ -320,6 +360,10 @@ def _quality(agreement: Agreement) -> float:
 
 def _is_better(new: Agreement, old: Agreement) -> bool:
     return 1.0 - _quality(new) < _WORTH * (1.0 - _quality(old))
+
+
+def _cosine(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _figure(value: float | None) -> str:

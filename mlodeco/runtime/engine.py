@@ -69,11 +69,10 @@ def compute_hypergradient(
             for name in involved
         }
         for name in involved:
-            probe(built, built.levels[name], points[name])
+            probe(built, built.levels[name], points[name], nested=nested)
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
-        _warn_of_nested_paths(built, top, methods)
         return sweep(built.plan(top, methods), points, open_edges, memories)
 
 
@@ -97,13 +96,14 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
         probe(built, level, point)
 
 
-def probe(built: Build, level: BuiltLevel, point: Point) -> None:
+def probe(built: Build, level: BuiltLevel, point: Point, *, nested: bool = False) -> None:
     """Checks once what a level's loss depends on.
 
     Args:
         built: the program.
         level: the level to look at.
         point: where to evaluate it.
+        nested: whether levels may act by nested best responses.
 
     Raises:
         BindingError: it depends on a level that it does not declare, or on captured tensors.
@@ -141,25 +141,33 @@ def probe(built: Build, level: BuiltLevel, point: Point) -> None:
             level=level.name,
             site=level.site,
         )
-    _warn_of_idle_reads(built, level, found.declared)
+    _warn_of_idle_reads(built, level, found.declared, nested=nested)
     level.decisions.touched = found.touched
     level.is_probed = True
 
 
-def _warn_of_idle_reads(built: Build, level: BuiltLevel, declared: frozenset[str]) -> None:
+def _warn_of_idle_reads(
+    built: Build, level: BuiltLevel, declared: frozenset[str], *, nested: bool
+) -> None:
     """Warns of reads on some hypergradient's path that carry nothing."""
     for name in built.reads_on_paths(level.name):
-        if name not in declared:
-            warnings.warn(
-                f"level {level.name!r} ({level.site}): {level.name!r} reads {name!r} but its loss "
-                f"does not depend on it, so that the path carries nothing. Remedy: use "
-                f"{name!r} in the function, without .detach(), or take it out of the arguments.",
-                GraphWarning,
-                stacklevel=3,
-            )
+        if name in declared:
+            continue
+        through = [low for low in built.responds_below(level.name, name) if low in declared]
+        if through and nested:
+            continue
+        more = f", or set nested=True, if it acts through {quoted(through)}" if through else ""
+        warnings.warn(
+            f"level {level.name!r} ({level.site}): {level.name!r} reads {name!r} but its loss "
+            f"does not depend on it, so that the path carries nothing. Remedy: use "
+            f"{name!r} in the function, without .detach(), or take it out of the "
+            f"arguments{more}.",
+            GraphWarning,
+            stacklevel=3,
+        )
 
 
-def _warn_of_nested_paths(built: Build, top: str, methods: Methods | None) -> None:
+def warn_of_nested_paths(built: Build, top: str, methods: Methods | None = None) -> None:
     """Warns where Eq. (2) has no path, and the responses of levels between are all there is."""
     if built.needs_nesting(top, methods):
         level = built.levels[top]

@@ -14,7 +14,12 @@ from mlodeco.errors import RunError, did_you_mean, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods, build
 from mlodeco.runtime.data import peek
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.engine import compute_hypergradient, levels_involved, muted_context
+from mlodeco.runtime.engine import (
+    compute_hypergradient,
+    levels_involved,
+    muted_context,
+    warn_of_nested_paths,
+)
 from mlodeco.runtime.looks import find_items
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Items
@@ -44,6 +49,8 @@ def compute(
         nested=nested,
         entropy=present_entropy(),
     )
+    if not nested:
+        warn_of_nested_paths(built, level, methods)
     warn_of_trouble(built, result.solves)
     filled = fill(result.gradient, {k: p.detach() for k, p in top.parameters.items()})
     # copies: autograd may give one tensor for two parameters, or an expanded one

@@ -21,7 +21,12 @@ from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.engine import compute_hypergradient, muted_context, probe_level
+from mlodeco.runtime.engine import (
+    compute_hypergradient,
+    muted_context,
+    probe_level,
+    warn_of_nested_paths,
+)
 from mlodeco.runtime.functional import check_nested
 from mlodeco.runtime.history import (
     History,
@@ -316,6 +321,8 @@ class Runner:
             nested=self._nested,
         )
         ctx.adopt(own)
+        if not self._nested:
+            warn_of_nested_paths(self.built, name)
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
         trainer.memories = hyper.memories

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from mlodeco.graph import Edge, Graph
+from mlodeco.graph import Edge, Graph, sees_more
 from mlodeco.show.dot import to_dot
 from mlodeco.show.mermaid import to_mermaid
 from mlodeco.show.words import LOOKS, kinds, label, printable, rows
@@ -95,8 +95,8 @@ class GraphView(Graph):
         return Text(f"{look.mark} {printable(edge.source)}  ({words})", style=look.style)
 
     def _path_texts(self) -> Iterator[list[str]]:
-        """For each level with paths a title and these; then one for all the others."""
-        without: list[str] = []
+        """For each level with paths a title and these; then one or two for the others."""
+        without: dict[bool, list[str]] = {True: [], False: []}
         for name in reversed(self.order):
             first = list(islice(self.walk_paths(name), _SHOWN_PATHS + 1))
             if first:
@@ -104,7 +104,10 @@ class GraphView(Graph):
                 more = ["..."] if len(first) > _SHOWN_PATHS else []
                 yield [f"paths of {printable(name)}:", *shown, *more]
             elif self.lower[name]:
-                without.append(printable(name))
-        if without:
-            whose = "its hypergradient is" if len(without) == 1 else "their hypergradients are"
-            yield [f"paths of {', '.join(without)}: none, {whose} the direct gradient"]
+                more_by_nesting = sees_more(self, name, lambda upper, low: True)
+                without[more_by_nesting].append(printable(name))
+        for more_by_nesting, names in without.items():
+            if names:
+                whose = "its hypergradient is" if len(names) == 1 else "their hypergradients are"
+                end = "; nested=True sees more" if more_by_nesting else ""
+                yield [f"paths of {', '.join(names)}: none, {whose} the direct gradient{end}"]

@@ -6,7 +6,8 @@ from mlodeco.graph import Edge, EdgeKind, Graph
 from mlodeco.show.words import LOOKS, Methods, kinds, label, printable, rows
 
 _DASHES = {"solid": "", "dashed": ",stroke-dasharray:8 4", "dotted": ",stroke-dasharray:2 4"}
-_DOWN = "\N{BLACK DOWN-POINTING TRIANGLE}"
+_DOWN = "#9660;"
+"""A triangle that points down, as an entity, which any stdout can print."""
 
 
 def to_mermaid(graph: Graph, methods: Methods) -> str:
