@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
+import torch
+
 from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
@@ -62,11 +64,13 @@ class CG(Krylov):
         direction = residual if line is None else line.conjugate(residual)
         rounding = ROUNDING * epsilon(b)
         goal = max(self.rtol, rounding) ** 2 * start
-        mean = _Mean(x, residual, squared)
+        mean = _Mean(x, squared)
         steps, largest = 0, 0.0 if line is None else line.stretch()
+        size = norm(direction)
+        longest = 0.0 if line is None else norm(x)
         while squared > goal and steps < self.max_steps:
             product = matvec(direction)
-            curvature, size = dot(direction, product), norm(direction)
+            curvature = dot(direction, product)
             if not isfinite(curvature):
                 return Solution.lost(b, steps)
             stretch = norm(product) / size
@@ -76,44 +80,51 @@ class CG(Krylov):
                 # without negative curvature |H d|^2 <= |H| d^T H d: small, but for rounding
                 is_singular = curvature > -flat and stretch <= 0.1 * largest
                 status = Status.SINGULAR if is_singular else Status.INDEFINITE
-                return mean.solution(steps, start, status)
+                return mean.solution(matvec, b, steps, status)
             length = squared / curvature
             x = add(x, direction, length)
             steps += 1
-            if rounding * largest * norm(x) >= start**0.5:
-                return mean.solution(steps, start, Status.SINGULAR)
+            longest += length * size
+            if rounding * largest * longest >= start**0.5:
+                longest = norm(x)
+                if rounding * largest * longest >= start**0.5:
+                    return mean.solution(matvec, b, steps, Status.SINGULAR)
             residual = add(residual, product, -length)
             previous, squared = squared, dot(residual, residual)
-            mean = mean.include(x, residual, squared)
+            if squared <= goal or steps == self.max_steps:
+                break
+            mean.include(x, squared)
             fresh = residual if line is None else line.conjugate(residual)
             direction = add(fresh, direction, squared / previous)
+            size = norm(direction)
         if squared > _GROWTH**2 * start:
-            return mean.solution(steps, start, Status.GROWN)
+            mean.include(x, squared)
+            return mean.solution(matvec, b, steps, Status.GROWN)
         status = Status.CONVERGED if squared <= goal else Status.MAX_STEPS
         return Solution(x, steps, (squared / start) ** 0.5, status)
 
 
-@dataclass(frozen=True)
 class _Mean:
     """The mean of the iterates of smallest residual.
 
     CG's residuals are orthogonal: the weights are the inverse squares of their lengths.
     """
 
-    value: Tree
-    residual: Tree
-    squared: float
+    def __init__(self, x: Tree, squared: float) -> None:
+        self._squared = squared
+        self._value = {key: value.clone() for key, value in x.items()}
 
-    def include(self, x: Tree, residual: Tree, squared: float) -> _Mean:
-        """The mean with one iterate more, whose residual has this squared length."""
-        weight = self.squared / (self.squared + squared)
-        value = add(scale(self.value, 1.0 - weight), x, weight)
-        rest = add(scale(self.residual, 1.0 - weight), residual, weight)
-        return _Mean(value, rest, weight * squared)
+    def include(self, x: Tree, squared: float) -> None:
+        """One iterate more, whose residual has this squared length."""
+        weight = self._squared / (self._squared + squared)
+        self._squared = weight * squared
+        # in place: the mean is no one else's, and this is done at every step
+        torch._foreach_lerp_(list(self._value.values()), list(x.values()), weight)
 
-    def solution(self, steps: int, start: float, status: Status) -> Solution:
-        """As what is left after these steps; ``start`` is the squared length of b."""
-        return Solution(self.value, steps, norm(self.residual) / start**0.5, status)
+    def solution(self, matvec: MatVec, b: Tree, steps: int, status: Status) -> Solution:
+        """As what is left after these steps; costs one product, for the residual."""
+        rest = add(b, matvec(self._value), -1.0)
+        return Solution(self._value, steps, norm(rest) / norm(b), status)
 
 
 @dataclass(frozen=True)
