@@ -241,7 +241,7 @@ def test_cg_that_goes_astray_within_its_steps_says_so_and_stays_bounded():
     assert found.status.is_trouble
     assert left_over(matrix, x, b) == pytest.approx(found.residual)
     _, least = solve(MINRES(max_steps=20), matrix, b)
-    assert least.residual - 1e-9 < found.residual < 1.01 * least.residual
+    assert least.residual - 1e-6 < found.residual < 1.01 * least.residual
 
 
 def test_cg_on_a_good_system_is_quiet_within_its_steps():

@@ -59,9 +59,9 @@ class CG(Krylov):
         return solution, {"solution": solution.value}
 
     def _iterate(self, matvec: MatVec, b: Tree, line: _Line | None) -> Solution:
-        x, residual = (zeros_like(b), b) if line is None else line.search(b)
+        x, residual = (zeros_like(b), _copied(b)) if line is None else line.search(b)
         start, squared = dot(b, b), dot(residual, residual)
-        direction = residual if line is None else line.conjugate(residual)
+        direction = _copied(residual) if line is None else line.conjugate(residual)
         rounding = ROUNDING * epsilon(b)
         goal = max(self.rtol, rounding) ** 2 * start
         mean = _Mean(x, squared)
@@ -82,26 +82,40 @@ class CG(Krylov):
                 status = Status.SINGULAR if is_singular else Status.INDEFINITE
                 return mean.solution(matvec, b, steps, status)
             length = squared / curvature
-            x = add(x, direction, length)
+            _add_to(x, direction, length)
             steps += 1
             longest += length * size
             if rounding * largest * longest >= start**0.5:
                 longest = norm(x)
                 if rounding * largest * longest >= start**0.5:
                     return mean.solution(matvec, b, steps, Status.SINGULAR)
-            residual = add(residual, product, -length)
+            _add_to(residual, product, -length)
             previous, squared = squared, dot(residual, residual)
             if squared <= goal or steps == self.max_steps:
                 break
             mean.include(x, squared)
             fresh = residual if line is None else line.conjugate(residual)
-            direction = add(fresh, direction, squared / previous)
+            _scale_and_add(direction, squared / previous, fresh)
             size = norm(direction)
         if squared > _GROWTH**2 * start:
             mean.include(x, squared)
             return mean.solution(matvec, b, steps, Status.GROWN)
         status = Status.CONVERGED if squared <= goal else Status.MAX_STEPS
         return Solution(x, steps, (squared / start) ** 0.5, status)
+
+
+def _copied(tree: Tree) -> Tree:
+    return {key: value.clone() for key, value in tree.items()}
+
+
+def _add_to(total: Tree, tree: Tree, factor: float) -> None:
+    """In place, on what belongs to one solve alone: new vectors at every step cost more."""
+    torch._foreach_add_(list(total.values()), [tree[key] for key in total], alpha=factor)
+
+
+def _scale_and_add(total: Tree, factor: float, tree: Tree) -> None:
+    torch._foreach_mul_(list(total.values()), factor)
+    _add_to(total, tree, 1.0)
 
 
 class _Mean:
@@ -112,7 +126,7 @@ class _Mean:
 
     def __init__(self, x: Tree, squared: float) -> None:
         self._squared = squared
-        self._value = {key: value.clone() for key, value in x.items()}
+        self._value = _copied(x)
 
     def include(self, x: Tree, squared: float) -> None:
         """One iterate more, whose residual has this squared length."""
