@@ -29,7 +29,7 @@ from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, require_finite_tree, solving_for
 from mlodeco.errors import MethodError
 from mlodeco.graph import NestPlan
-from mlodeco.tree import Tree, add, is_zero, norm, restrict, zeros_like
+from mlodeco.tree import Tree, add, fill, is_zero, norm, restrict, zeros_like
 
 Values = dict[str, Tree]
 """The parameters of levels on which something is differentiated."""
@@ -289,7 +289,7 @@ class _Inverse:
         keys = [key for key in self.total if key in v and self.total[key].requires_grad]
         outputs, weights = [self.total[k] for k in keys], [v[k].detach() for k in keys]
         product = gradient(outputs, self.own, weights, retain_graph=True) if keys else {}
-        return {k: product[k] if k in product else torch.zeros_like(v[k]) for k in v}
+        return fill(product, v)
 
 
 class _Solve(torch.autograd.Function):

@@ -11,7 +11,7 @@ from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
 from mlodeco.hypergrad.krylov import ROUNDING, Krylov
-from mlodeco.hypergrad.warm_start import fits
+from mlodeco.hypergrad.warm_start import recall
 from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
 
 _GROWTH = 10.0
@@ -155,9 +155,9 @@ class _Line:
     @staticmethod
     def along(matvec: MatVec, previous: Tree | None, b: Tree) -> _Line | None:
         """None where it does not help: the smallest energy along it has a larger residual."""
-        if previous is None or not fits(previous, b):
+        direction = recall(previous, b)
+        if direction is None:
             return None
-        direction = {key: previous[key].to(value) for key, value in b.items()}
         product = matvec(direction)
         curvature = dot(direction, product)
         if curvature <= 0.0:

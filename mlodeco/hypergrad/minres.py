@@ -44,7 +44,7 @@ class MINRES(Krylov):
         x, before, vector = zeros_like(b), zeros_like(b), scale(b, 1.0 / size)
         older, old = zeros_like(b), zeros_like(b)
         cosines, sines = (1.0, 1.0), (0.0, 0.0)
-        beta, remaining, largest = 0.0, 1.0, 0.0
+        beta, remaining, largest, length = 0.0, 1.0, 0.0, 0.0
         steps, status, rounding = 0, Status.MAX_STEPS, ROUNDING * epsilon(b)
         flattest = inf, Solution(x, 0, 1.0, Status.SINGULAR)
         for steps in range(1, self.max_steps + 1):
@@ -64,13 +64,14 @@ class MINRES(Krylov):
             pivot = hypot(diagonal, following)
             if pivot <= flattest[0] * largest:
                 flattest = pivot / largest, Solution(x, steps - 1, abs(remaining), Status.SINGULAR)
-            is_lost = _LOST * epsilon(b) * largest * norm(x) >= size
+            is_lost = _LOST * epsilon(b) * largest * length >= size
             if pivot <= rounding * largest or is_lost:
                 return flattest[1]
             cosines, sines = (cosines[1], diagonal / pivot), (sines[1], following / pivot)
             direction = scale(add(add(vector, older, -corner), old, -upper), 1.0 / pivot)
             x = add(x, direction, cosines[1] * remaining * size)
-            if rounding * largest * norm(x) >= size:
+            length = norm(x)
+            if rounding * largest * length >= size:
                 return flattest[1]
             remaining *= -sines[1]
             if abs(remaining) <= max(self.rtol, rounding) or following == 0.0:

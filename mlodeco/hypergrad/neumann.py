@@ -11,7 +11,7 @@ from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.options import check_count, check_flag, check_number
-from mlodeco.hypergrad.warm_start import begin, fits
+from mlodeco.hypergrad.warm_start import begin, recall
 from mlodeco.tree import Tree, add, dot, norm, scale
 
 _HALVINGS = 10
@@ -117,11 +117,11 @@ class Neumann(Implicit):
 
         Begun in the Krylov space of b, the only one that counts.
         """
-        is_known = fits(previous, b)
-        direction = {k: previous[k].to(v) for k, v in b.items()} if previous and is_known else b
+        known = recall(previous, b)
+        direction = b if known is None else known
         size = norm(direction)
         curvature = 0.0
-        for _ in range(1 if is_known else self.power_steps):
+        for _ in range(self.power_steps if known is None else 1):
             if size == 0.0:
                 break
             direction = matvec(scale(direction, 1.0 / size))

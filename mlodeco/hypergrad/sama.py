@@ -9,7 +9,7 @@ from mlodeco.calculus.products import first_gradient, open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.errors import OptimizerError
 from mlodeco.hypergrad.options import Options, check_number, check_product
-from mlodeco.tree import Tree, norm, scale, zeros_like
+from mlodeco.tree import Tree, is_zero, scale, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Sama(Options):
         Raises:
             OptimizerError: the level has no optimizer, or one that cannot be differentiated.
         """
-        if norm(cotangent) == 0.0:
+        if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
         point = problem.point
         if point.optimizer_step is None:

@@ -30,11 +30,13 @@ class Start:
         )
 
 
-def fits(previous: Tree | None, b: Tree) -> bool:
-    """Whether there is a previous vector for the parameters of b."""
-    return previous is not None and all(
-        key in previous and previous[key].shape == value.shape for key, value in b.items()
-    )
+def recall(previous: Tree | None, b: Tree) -> Tree | None:
+    """A previous vector with the keys and dtypes of b; None if there is none of its shapes."""
+    if previous is None or any(
+        key not in previous or previous[key].shape != value.shape for key, value in b.items()
+    ):
+        return None
+    return {key: previous[key].to(value) for key, value in b.items()}
 
 
 def begin(matvec: MatVec, b: Tree, previous: Tree | None) -> Start | None:
@@ -43,9 +45,9 @@ def begin(matvec: MatVec, b: Tree, previous: Tree | None) -> Start | None:
     None where it does not help: there is no previous solution for these parameters, or it
     points away from the new one.
     """
-    if previous is None or not fits(previous, b):
+    guess = recall(previous, b)
+    if guess is None:
         return None
-    guess = {key: previous[key].to(value) for key, value in b.items()}
     product = matvec(guess)
     size = norm(product)
     factor = dot(product, b) / size**2 if size > 0.0 else 0.0

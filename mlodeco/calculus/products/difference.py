@@ -16,7 +16,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradients, live
-from mlodeco.tree import Tree, add, norm, restrict, scale
+from mlodeco.tree import Tree, add, fill, norm, restrict, scale
 
 
 class Difference:
@@ -50,8 +50,7 @@ class Difference:
             own = live(shifted)
             return self._gradient(own, {level: own})
 
-        found = self._central(v, at).get(level, {})
-        return {key: found[key] if key in found else torch.zeros_like(v[key]) for key in v}
+        return fill(self._central(v, at).get(level, {}), v)
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """Two gradients in lambda; the copies of w require none unless the loss asks."""

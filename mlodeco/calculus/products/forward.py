@@ -23,7 +23,7 @@ from mlodeco.calculus.products.first_order import first_gradient
 from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
-from mlodeco.tree import Tree, add
+from mlodeco.tree import Tree, add, fill
 
 
 class Forward:
@@ -44,7 +44,7 @@ class Forward:
         """One pass, with the gradient in w."""
         level = self._problem.level
         found = self._tangents(v, (level,))[level]
-        return {key: found[key] if key in found else v[key].new_zeros(v[key].shape) for key in v}
+        return fill(found, v)
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """One pass, with the gradient in lambda."""

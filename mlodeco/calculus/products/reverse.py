@@ -12,7 +12,7 @@ from mlodeco.calculus.autograd_graph import walk_graph
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
-from mlodeco.tree import Tree
+from mlodeco.tree import Tree, fill
 
 K = TypeVar("K")
 
@@ -71,7 +71,7 @@ class Reverse:
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         """One vjp through the graph of the gradient."""
         found = self._pull_back(v, self._touched, keep=True)
-        return {key: found[key] if key in found else v[key].new_zeros(v[key].shape) for key in v}
+        return fill(found, v)
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """One vjp through the graph of the gradient, then freed; another has its own."""
