@@ -272,7 +272,7 @@ OPTIONS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "sgd_momentum": (SGD, {"lr": 0.1, "momentum": 0.9}),
     "sgd_dampened": (SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1}),
     "sgd_nesterov": (SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
-    "sgd_maximize": (SGD, {"lr": 0.02, "momentum": 0.5, "maximize": True}),
+    "sgd_maximize": (SGD, {"lr": 0.005, "momentum": 0.5, "maximize": True}),
     "adam": (Adam, {"lr": 0.02}),
     "adam_options": (Adam, {"lr": 0.02, "betas": (0.6, 0.8), "eps": 1e-3, "weight_decay": 0.3}),
     "adam_amsgrad": (Adam, {"lr": 0.02, "betas": (0.6, 0.8), "amsgrad": True, "maximize": True}),
