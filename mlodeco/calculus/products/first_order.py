@@ -11,14 +11,15 @@ def first_gradient(problem: LowerProblem) -> Tree:
     """``dC/dw``, averaged over micro-batches; parameters that no loss touches are left out."""
     point = problem.point
     own = live(problem.parameters)
-    state = point.loss.state({**point.values, problem.level: own})
+    state = point.state({**point.values, problem.level: own})
     share = 1.0 / len(point.batches)
 
     def differentiate() -> Tree:
         result: Tree = {}
         for loss, _ in point.losses():
             if loss.requires_grad:
-                result = add(result, gradient(loss, own), share)
+                # the loss is scaled and not its gradient, as in an ordinary step: bit for bit
+                result = add(result, gradient(loss if share == 1.0 else loss * share, own))
         return result
 
     return point.loss.within(state, differentiate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TypeVar
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from mlodeco.calculus.autograd_graph import walk_graph
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
-from mlodeco.calculus.stateless import gradient, live
-from mlodeco.tree import Tree, fill
+from mlodeco.calculus.stateless import frozen, gradient, live
+from mlodeco.tree import Tree, add, fill
 
 K = TypeVar("K")
 
@@ -76,9 +76,34 @@ class Reverse:
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """One vjp through the graph of the gradient, then freed; another has its own."""
         inputs = {(lv, key): t for lv, tree in self._targets.items() for key, t in tree.items()}
+        return self._into_trees(self._pull_back_and_free(v, inputs), self._targets)
+
+    def gradient(self) -> Tree:
+        """The mean of the graph's gradients over micro-batches."""
+        share = 1.0 / len(self._gradients)
+        found: Tree = {}
+        for tree in self._gradients:
+            found = add(found, frozen(tree), share)
+        return found
+
+    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+        """One vjp through the graph of the gradient for both, then it is freed."""
+        level = self._problem.level
+        trees = {level: self._touched, **self._targets}
+        inputs = {(lv, key): t for lv, tree in trees.items() for key, t in tree.items()}
+        found = self._into_trees(self._pull_back_and_free(v, inputs), trees)
+        return found.pop(level), found
+
+    def _pull_back_and_free(
+        self, v: Mapping[str, Tensor], inputs: Mapping[K, Tensor]
+    ) -> dict[K, Tensor]:
         found = self._pull_back(v, inputs, keep=False)
         vars(self).pop("_gradients", None)
-        result: Cross = {level: {} for level in self._targets}
+        return found
+
+    @staticmethod
+    def _into_trees(found: Mapping[tuple[str, str], Tensor], levels: Iterable[str]) -> Cross:
+        result: Cross = {level: {} for level in levels}
         for (level, key), value in found.items():
             result[level][key] = value
         return result
