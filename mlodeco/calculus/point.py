@@ -107,8 +107,9 @@ class LowerProblem:
     """The second derivatives of ``point`` that a method may ask for.
 
     ``level`` owns the parameters w of the solve; ``targets`` are the levels whose
-    parameters receive cross products; ``memory`` is what the method kept last time; ``tape``
-    holds the steps by which the level came to where it is, for the methods that ask.
+    parameters receive cross products of the loss, ``wanted`` these and the others on whose
+    parameters a step may depend; ``memory`` is what the method kept last time; ``tape`` holds the
+    steps by which the level came to where it is, for the methods that ask.
     """
 
     point: Point
@@ -116,6 +117,7 @@ class LowerProblem:
     targets: tuple[str, ...]
     memory: Memory = field(default_factory=dict)
     tape: Tape | None = None
+    wanted: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> Tree:

@@ -97,7 +97,9 @@ def sweep(
             key = visit.level, number
             memory = (memories or {}).get(key, {})
             tape = (tapes or {}).get(visit.level)
-            problem = LowerProblem(points[visit.level], visit.level, targets, memory, tape)
+            point = points[visit.level]
+            seen = tuple(target for target in targets if target in point.loss.sees)
+            problem = LowerProblem(point, visit.level, seen, memory, tape, targets)
             parts.append((cotangent, problem, "the cotangent that reaches the level"))
             _require_finite(cotangent, parts)
             with solving_for(problem.point):

@@ -88,7 +88,7 @@ class Unroll(Options):
         """
         tape = require_tape(self, problem, self.truncate)
         after = Cotangent(cotangent)
-        cross: Cross = {target: {} for target in problem.targets}
+        cross: Cross = {target: {} for target in problem.wanted}
         count = 0
         for step, before in tape.backward(self.truncate):
             after, found = self._pull_back(problem, step, before, after)
@@ -106,17 +106,17 @@ class Unroll(Options):
     ) -> tuple[Cotangent, Cross]:
         """The cotangent before a step, and what the step carries to the targets."""
         level = problem.level
-        inner = step.problem(level, before.parameters, problem.targets)
+        inner = step.problem(level, before.parameters, problem.wanted)
         opened = step.graph or open_linearization(inner, self.product)
         gradient = opened.gradient() if step.gradient is None else step.gradient
-        reads = tuple(name for name in step.update.reads if name in problem.targets)
+        reads = tuple(name for name in step.update.reads if name in problem.wanted)
         values = step.point.values
         pulled = pull_back(step.update, before, gradient, values, after, reads)
         own = pulled.before
         if self.first_order or not pulled.gradients:
             return own, pulled.reads
         curved, cross = opened.pull_back(pulled.gradients)
-        found = {target: tree for target, tree in cross.items() if target in problem.targets}
+        found = {target: tree for target, tree in cross.items() if target in problem.wanted}
         for target, tree in pulled.reads.items():
             found[target] = add(found.get(target, {}), tree)
         return Cotangent(add(own.parameters, curved), own.state), found
@@ -137,7 +137,7 @@ def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -
             remedy="use it in a run or in hypergradient().",
         )
     is_cut = truncate is not None and truncate < len(tape.steps)
-    if tape.initial in problem.targets and is_cut:
+    if tape.initial in problem.wanted and is_cut:
         raise MethodError(
             f"{name}(truncate={truncate}) on a loop of {len(tape.steps)} steps that starts from "
             f"init_from={tape.initial!r}, the derivative in which is cut off.",

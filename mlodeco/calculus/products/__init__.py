@@ -15,8 +15,9 @@ from mlodeco.calculus.products.choice import (
     open_linearization,
 )
 from mlodeco.calculus.products.difference import Difference
-from mlodeco.calculus.products.first_order import first_gradient
+from mlodeco.calculus.products.first_order import first_gradient, gradient_and_state
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
+from mlodeco.calculus.products.reverse import Reverse
 
 __all__ = [
     "LINEARIZATIONS",
@@ -25,7 +26,9 @@ __all__ = [
     "Curvature",
     "Difference",
     "Linearization",
+    "Reverse",
     "first_gradient",
+    "gradient_and_state",
     "open_curvature",
     "open_linearization",
 ]

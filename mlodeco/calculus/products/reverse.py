@@ -24,6 +24,9 @@ class Reverse:
         problem: the loss, its point and the targets.
         with_targets: whether :meth:`cross` will be asked for; without it the graph
             is that of the level's own parameters alone.
+
+    Attributes:
+        state: the tensors of the loss's slots; after a pass updated buffers are among them.
     """
 
     def __init__(self, problem: LowerProblem, *, with_targets: bool = True) -> None:
@@ -32,9 +35,7 @@ class Reverse:
         values = problem.point.values
         targets = problem.targets if with_targets else ()
         self._targets = {level: live(values[level]) for level in targets}
-        self._state = problem.point.loss.state(
-            {**values, **self._targets, problem.level: self._own}
-        )
+        self.state = problem.point.state({**values, **self._targets, problem.level: self._own})
 
     @cached_property
     def _gradients(self) -> list[Tree]:
@@ -44,7 +45,7 @@ class Reverse:
                 for loss, _ in self._problem.point.losses()
             ]
 
-        gradients = self._problem.point.loss.within(self._state, build)
+        gradients = self._problem.point.loss.within(self.state, build)
         self._refuse_dead_ends(gradients)
         return gradients
 
@@ -126,4 +127,4 @@ class Reverse:
         def pull() -> dict[K, Tensor]:
             return gradient(outputs, inputs, weights, retain_graph=keep)
 
-        return self._problem.point.loss.within(self._state, pull)
+        return self._problem.point.loss.within(self.state, pull)
