@@ -26,8 +26,10 @@ from torch.optim import (
 
 import mlodeco
 from mlodeco import Program, Runner
+from mlodeco.calculus.update import Cotangent, Iterate, pull_back
 from mlodeco.errors import MethodError, OptimizerError, SolverWarning
 from mlodeco.hypergrad import Identity, Sama
+from mlodeco.runtime.optimizers import next_update
 from tests import reference
 from tests.handwritten import adam, adamw, rmsprop, sgd
 from tests.problems import bilevel, classification, network, randn
@@ -179,7 +181,7 @@ def test_the_derivative_of_every_stock_step_is_that_of_the_real_step(name, steps
         runner.step()
     level = program.built.levels["low"]
     w, optimizer = level.parameters["w"], level.optimizer
-    step = mlodeco.runtime.optimizers.read_step(level)
+    step, held = next_update(level)
     g, c = randn(5, seed=3), randn(5, seed=4)
     saved, state = w.detach().clone(), copy.deepcopy(optimizer.state_dict())
 
@@ -201,9 +203,12 @@ def test_the_derivative_of_every_stock_step_is_that_of_the_real_step(name, steps
     real(g)
     with torch.no_grad():
         w.copy_(saved)
-    again = step.apply({"w": saved}, {"w": g})["w"]
+    before = Iterate({"w": saved}, held)
+    again = step.apply(before, {"w": g}, {}).parameters["w"]
     assert torch.allclose(again, at_g, rtol=1e-6)  # some keep a scalar in single precision
-    pulled = step.pull_back({"w": saved}, {"w": g}, {"w": c})["w"]
+    advanced = step.advance(before, {"w": g}, {}).parameters["w"]
+    assert torch.equal(advanced, at_g)
+    pulled = pull_back(step, before, {"w": g}, {}, Cotangent({"w": c})).gradients["w"]
     assert torch.allclose(pulled, numeric @ c, rtol=1e-5, atol=1e-8)
 
 
@@ -217,9 +222,10 @@ def test_single_precision_steps_have_exact_bias_corrections():
     mlodeco.run(1, program=program, progress="off")
     level = program.built.levels["low"]
     level.optimizer = None
-    step = mlodeco.runtime.optimizers.read_step(level)
+    step, held = next_update(level)
     w, g = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1e-9, 3e-8, 1e-7])
-    found = step.pull_back({"w": w}, {"w": g}, {"w": torch.ones(3)})["w"]
+    ones = Cotangent({"w": torch.ones(3)})
+    found = pull_back(step, Iterate({"w": w}, held), {"w": g}, {}, ones).gradients["w"]
     exact = -0.1 * 1e-8 / (g.double() + 1e-8) ** 2
     assert torch.allclose(found.double(), exact, rtol=3e-6)
 

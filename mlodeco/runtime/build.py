@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,24 @@ from torch.optim import Optimizer
 from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
-from mlodeco.declare.binding import Binding, BoundSource, Role, bind, bind_source, parameters_of
+from mlodeco.declare.binding import (
+    Binding,
+    BoundSource,
+    BoundUpdate,
+    Role,
+    bind,
+    bind_source,
+    parameters_of,
+)
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import Registry, require_levels
 from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
 from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep, sees_more
 from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.initial import check_copies, check_starts, own_copies, refuse_closed_starts
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
+from mlodeco.runtime.steps import bind_updates, check_replicas, check_tuned
 from mlodeco.tree import Tree
 
 Methods = dict[tuple[str, str], Method | None]
@@ -40,6 +50,7 @@ class BuiltLevel:
     decisions: Decisions = field(default_factory=Decisions)
     last_batches: tuple[Drawn, ...] | None = None
     optimizer: Optimizer | None = None
+    update: BoundUpdate | None = None
     is_probed: bool = False
     reported: set[Status] = field(default_factory=set)
 
@@ -52,6 +63,27 @@ class BuiltLevel:
     def site(self) -> str:
         """Where its function stands."""
         return str(self.declaration.site)
+
+    @property
+    def init_from(self) -> str | None:
+        """The level above from whose parameters each inner loop starts."""
+        return self.declaration.init_from
+
+    @property
+    def tune_reads(self) -> tuple[str, ...]:
+        """The levels from which options of the optimizer are computed."""
+        return tuple(dict.fromkeys(n for reads in self.binding.tune_reads.values() for n in reads))
+
+    @property
+    def update_reads(self) -> tuple[str, ...]:
+        """The levels that the update rule reads."""
+        return self.update.reads if self.update else ()
+
+    @property
+    def step_reads(self) -> tuple[str, ...]:
+        """The levels that its steps depend on otherwise than through its loss."""
+        start = (self.init_from,) if self.init_from else ()
+        return tuple(dict.fromkeys((*start, *self.tune_reads, *self.update_reads)))
 
 
 @dataclass
@@ -124,7 +156,10 @@ class Build:
         return tuple(other for other in reads if low in nest.inputs[other])
 
     def reads_on_paths(self, name: str) -> tuple[str, ...]:
-        """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""
+        """The levels whose parameters must enter the loss of ``name`` for some hypergradient.
+
+        Those that enter its steps alone are left out.
+        """
         found = dict.fromkeys(self.plan(name).lowers)
         for top in self.levels:
             for visit in self.plan(top).visits:
@@ -132,7 +167,7 @@ class Build:
                     found.update(
                         dict.fromkeys((*visit.lowers, *((top,) if visit.feeds_top else ())))
                     )
-        return tuple(found)
+        return tuple(other for other in found if other in self.levels[name].loss.sees)
 
     def values(self, levels: Iterable[str]) -> dict[str, Tree]:
         """The current parameters of the levels, without gradients; the storage is shared."""
@@ -170,7 +205,8 @@ def build(registry: Registry) -> Build:
 
     Raises:
         RunError: no levels.
-        GraphError, BindingError, MethodError, ModuleError: the declarations do not fit.
+        GraphError, BindingError, MethodError, ModuleError, DeclarationError: the declarations
+            do not fit.
     """
     current: Build | None = registry.built
     if current is not None and current.version == registry.version:
@@ -190,10 +226,16 @@ def build(registry: Registry) -> Build:
     custom = {name: method.value for name, method in registry.methods.items()}
     _check_custom_names(registry)
     lower = {name: d.lower for name, d in declarations.items()}
-    _resolve_all(declarations, custom, Graph(lower, {}))
+    ordered = Graph(lower, {})
+    _resolve_all(declarations, custom, ordered)
+    check_starts(declarations, ordered)
+    check_tuned(declarations, bindings, ordered)
+    updates = bind_updates(registry.updates, declarations)
     modules = materialize(declarations, {name: level.module for name, level in same.items()})
     owned = {name: select_parameters(d, modules[name]) for name, d in declarations.items()}
-    owners = find_owners(declarations, owned)
+    check_copies(declarations, modules)
+    check_replicas(declarations, modules, owned)
+    owners = own_copies(declarations, modules, find_owners(declarations, owned), ordered)
     buffer_owner = _buffer_owners(declarations, modules)
     levels: dict[str, BuiltLevel] = {}
     for name, declaration in declarations.items():
@@ -201,16 +243,13 @@ def build(registry: Registry) -> Build:
         loss = _stateless_loss(declaration, binding, modules, owners)
         own = frozenset(child for child, level in buffer_owner.items() if level == name)
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
+        levels[name].update = updates.get(name)
         if name in same and _steps_all(same[name].optimizer, levels[name].parameters):
             levels[name].optimizer = same[name].optimizer
-    reads = {
-        name: dict.fromkeys(
-            other for other in (*bindings[name].reads, *level.loss.sees) if other != name
-        )
-        for name, level in levels.items()
-    }
+    reads = {name: _reads(level, ordered.below(name)) for name, level in levels.items()}
     graph = Graph(lower, reads)
     methods = _edge_methods(declarations, custom, graph)
+    refuse_closed_starts(declarations, graph, methods, updates)
     result = Build(registry.version, levels, graph, methods, custom, sources)
     result.fingerprint = _fingerprint(modules)
     if current is not None:
@@ -222,6 +261,16 @@ def build(registry: Registry) -> Build:
     _warn_of_idle_options(result, registry)
     registry.built = result
     return result
+
+
+def _reads(level: BuiltLevel, below: Collection[str]) -> tuple[str, ...]:
+    """The levels that a level reads, by its loss or else by its steps.
+
+    An update rule takes levels below as they are, which makes no best response of them.
+    """
+    by_loss = (*level.binding.reads, *level.loss.sees)
+    by_steps = (other for other in level.step_reads if other not in below)
+    return tuple(dict.fromkeys(other for other in (*by_loss, *by_steps) if other != level.name))
 
 
 def _steps_all(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -441,7 +490,7 @@ def _warn_of_closed_paths(built: Build) -> None:
     for name, level in built.levels.items():
         if not level.declaration.lower or level.declaration.hypergrad is None:
             continue
-        if name in passes_on or built.needs_nesting(name):
+        if name in passes_on or built.needs_nesting(name) or _steps_by_itself(built, level):
             continue
         reads = [low for low in level.declaration.lower if low in built.graph.reads[name]]
         if not reads:
@@ -456,3 +505,12 @@ def _warn_of_closed_paths(built: Build) -> None:
             GraphWarning,
             stacklevel=2,
         )
+
+
+def _steps_by_itself(built: Build, level: BuiltLevel) -> bool:
+    """Whether its update rule has a use for the levels below, or none for a gradient."""
+    update = level.update
+    if update is None:
+        return False
+    below = built.graph.below(level.name)
+    return "grads" not in update.takes or any(read in below for read in update.reads)

@@ -13,6 +13,7 @@ from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomness_set_aside
+from mlodeco.calculus.tape import Tape
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
@@ -20,7 +21,7 @@ from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import device_of
-from mlodeco.runtime.optimizers import read_step
+from mlodeco.runtime.optimizers import next_update
 
 Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
@@ -39,6 +40,7 @@ def compute_hypergradient(
     memories: Memories | None = None,
     nested: bool = False,
     entropy: str = "",
+    tapes: Mapping[str, Tape] | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -57,11 +59,15 @@ def compute_hypergradient(
         memories: what the methods kept at the last hypergradient of this level.
         nested: the true derivative through nested best responses in place of Eq. (2).
         entropy: makes the random numbers of the passes others than those of the same tick.
+        tapes: the steps of the levels that a method differentiates step by step; a level whose
+            tape has an end is seen there.
     """
     chosen = built.methods if methods is None else methods
     involved = levels_involved(built, top, methods, nested=nested)
     with randomness_set_aside(), torch.enable_grad():
-        values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
+        values = built.values({name for lv in involved for name in built.levels[lv].seen})
+        ends = {name: tape.end for name, tape in (tapes or {}).items() if tape.end is not None}
+        values.update({name: end.parameters for name, end in ends.items() if name in values})
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
         points = {
@@ -73,7 +79,7 @@ def compute_hypergradient(
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
-        return sweep(built.plan(top, methods), points, open_edges, memories)
+        return sweep(built.plan(top, methods), points, open_edges, memories, tapes)
 
 
 def levels_involved(
@@ -90,7 +96,7 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
     level = built.levels[name]
     if level.is_probed:
         return
-    values = built.values(level.loss.sees)
+    values = built.values(level.seen)
     with preserved_randomness(), torch.enable_grad():
         point = _make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
         probe(built, level, point)
@@ -191,13 +197,13 @@ def _make_point(
     level = built.levels[name]
     return Point(
         loss=level.loss,
-        values={seen: values[seen] for seen in level.loss.sees},
+        values={seen: values[seen] for seen in level.seen},
         batches=tuple(items_for(level, batch, ctx) for batch in batches),
         part_of_batches=partial(_part_of_batches, level, batches, ctx),
         seed=make_seed(built.run_seed, built.tick, name, *draw),
         generators=(ctx.generator,),
         decisions=level.decisions,
-        optimizer_step=partial(read_step, level),
+        next_update=partial(next_update, level),
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from mlodeco.calculus.optimizer_step import OptimizerStep
+from mlodeco.calculus.optimizer_step import Group, OptimizerStep
+from mlodeco.calculus.update import Update
 from mlodeco.errors import OptimizerError, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.notes import noted
@@ -57,27 +59,42 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
     return optimizer
 
 
-def read_step(level: BuiltLevel) -> OptimizerStep:
-    """The next step of the level's optimizer: that of the last run, else a fresh one.
+def next_update(level: BuiltLevel) -> tuple[Update, Mapping[str, Any]]:
+    """The next update of a level and its state: those of the last run, else fresh ones.
 
     Raises:
         OptimizerError: the level has no optimizer.
     """
     wanted_by = "a method that differentiates its step, such as Sama,"
     optimizer = level.optimizer or make_optimizer(level, wanted_by)
+    step = read_step(level, optimizer)
+    step.warn_if_flat()
+    return step, read_state(level, optimizer)
+
+
+def read_step(level: BuiltLevel, optimizer: Optimizer) -> OptimizerStep:
+    """The step of an optimizer with its present options."""
     names = {id(parameter): name for name, parameter in level.parameters.items()}
+    groups = tuple(
+        Group(
+            tuple(names[id(parameter)] for parameter in group["params"]),
+            {name: value for name, value in group.items() if name != "params"},
+        )
+        for group in optimizer.param_groups
+    )
     return OptimizerStep(
         level=level.name,
         site=level.site,
         kind=type(optimizer),
-        options={
-            names[id(parameter)]: {k: v for k, v in group.items() if k != "params"}
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        },
-        state={names[id(p)]: state for p, state in optimizer.state.items()},
+        groups=groups,
         clip_norm=level.declaration.clip_norm,
     )
+
+
+def read_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps for each parameter, by name; the tensors are its own."""
+    names = {id(parameter): name for name, parameter in level.parameters.items()}
+    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
 
 
 def make_scheduler(level: BuiltLevel, optimizer: Optimizer) -> LRScheduler | None:
