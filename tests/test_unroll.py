@@ -103,7 +103,7 @@ def test_the_loop_written_out_is_that_of_torch(name):
             optimizer.zero_grad()
             weighted(model, batch, Swapped(case.hyper, h)).backward()
             optimizer.step()
-        return float(fit(Swapped(case.hyper, h), case.top_batch, model))
+        return float(fit(Swapped(case.hyper, h), case.top_batch, model).detach())
 
     size = 1e-5
     numeric = (end(size) - end(-size)) / (2 * size)
