@@ -25,6 +25,16 @@ class Recording:
     every: int | None = 1
     keep_graph: bool = False
 
+    def join(self, other: Recording) -> Recording:
+        """What both need."""
+        counts = (self.steps, other.steps)
+        gaps = [gap for gap in (self.every, other.every) if gap is not None]
+        return Recording(
+            None if None in counts else max(count or 0 for count in counts),
+            min(gaps, default=None),
+            self.keep_graph or other.keep_graph,
+        )
+
 
 @dataclass(frozen=True)
 class TapeStep:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
+from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
+from mlodeco.calculus.tuning import Tuning
 from mlodeco.declare.binding import (
     Binding,
     BoundSource,
@@ -30,7 +35,7 @@ from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.initial import check_copies, check_starts, own_copies, refuse_closed_starts
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
-from mlodeco.runtime.steps import bind_updates, check_replicas, check_tuned
+from mlodeco.runtime.steps import bind_updates, check_replicas, check_tuned, make_rule, make_tuning
 from mlodeco.tree import Tree
 
 Methods = dict[tuple[str, str], Method | None]
@@ -50,7 +55,12 @@ class BuiltLevel:
     decisions: Decisions = field(default_factory=Decisions)
     last_batches: tuple[Drawn, ...] | None = None
     optimizer: Optimizer | None = None
+    scheduler: LRScheduler | None = None
+    tuning: Tuning | None = None
     update: BoundUpdate | None = None
+    rule: Rule | None = None
+    rule_state: Mapping[str, Any] = field(default_factory=dict)
+    recent: deque[tuple[Drawn, ...]] = field(default_factory=lambda: deque(maxlen=1))
     is_probed: bool = False
     reported: set[Status] = field(default_factory=set)
 
@@ -63,6 +73,13 @@ class BuiltLevel:
     def site(self) -> str:
         """Where its function stands."""
         return str(self.declaration.site)
+
+    def last_micro_batches(self, count: int) -> tuple[Drawn, ...] | None:
+        """The newest micro-batches, of several steps perhaps; None if there were not so many."""
+        if self.last_batches is not None and count == len(self.last_batches):
+            return self.last_batches
+        found = tuple(chain.from_iterable(self.recent))
+        return found[-count:] if len(found) >= count else None
 
     @property
     def init_from(self) -> str | None:
@@ -78,6 +95,12 @@ class BuiltLevel:
     def update_reads(self) -> tuple[str, ...]:
         """The levels that the update rule reads."""
         return self.update.reads if self.update else ()
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The levels whose parameters its loss or its update depends on."""
+        stepping = (part.reads for part in (self.tuning, self.rule) if part is not None)
+        return tuple(dict.fromkeys((*self.loss.sees, *chain.from_iterable(stepping))))
 
     @property
     def step_reads(self) -> tuple[str, ...]:
@@ -114,6 +137,7 @@ class Build:
     def remember(self, name: str, drawn: tuple[Drawn, ...]) -> None:
         """Records what a level's last step was computed on."""
         self.levels[name].last_batches = drawn
+        self.levels[name].recent.append(drawn)
         items = drawn[-1].sources
         self.kept.update({source: items[source] for source in items if self.is_kept(source)})
 
@@ -243,9 +267,11 @@ def build(registry: Registry) -> Build:
         loss = _stateless_loss(declaration, binding, modules, owners)
         own = frozenset(child for child, level in buffer_owner.items() if level == name)
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
+        levels[name].tuning = make_tuning(declaration, binding, modules, owners)
         levels[name].update = updates.get(name)
+        levels[name].rule = make_rule(declaration, updates.get(name), modules, owners)
         if name in same and _steps_all(same[name].optimizer, levels[name].parameters):
-            levels[name].optimizer = same[name].optimizer
+            _take_over_steps(levels[name], same[name])
     reads = {name: _reads(level, ordered.below(name)) for name, level in levels.items()}
     graph = Graph(lower, reads)
     methods = _edge_methods(declarations, custom, graph)
@@ -277,6 +303,12 @@ def _steps_all(optimizer: Optimizer | None, parameters: Mapping[str, nn.Paramete
     """Whether an optimizer steps just these parameters: somebody may have replaced some."""
     groups = optimizer.param_groups if optimizer is not None else ()
     return {id(p) for g in groups for p in g["params"]} == {id(p) for p in parameters.values()}
+
+
+def _take_over_steps(level: BuiltLevel, earlier: BuiltLevel) -> None:
+    """Takes over where the last run's updates stand."""
+    level.optimizer, level.scheduler = earlier.optimizer, earlier.scheduler
+    level.rule_state = earlier.rule_state
 
 
 def _take_over_items(built: Build, earlier: Build, same: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlodeco.calculus.point import Point
+from mlodeco.calculus.point import Batches, Point
 from mlodeco.calculus.randomness import make_seed
-from mlodeco.calculus.roll import Buffers, Start
+from mlodeco.calculus.roll import Buffers, Start, roll
 from mlodeco.calculus.slots import Place
 from mlodeco.calculus.stateless import frozen
-from mlodeco.calculus.tape import Recording
+from mlodeco.calculus.tape import Recording, Tape
 from mlodeco.calculus.update import Iterate, Update
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.optimizers import (
@@ -79,13 +79,13 @@ def _buffers_from(level: BuiltLevel, initial: BuiltLevel) -> dict[Place, Tensor]
 
 
 def _present_state(level: BuiltLevel) -> Mapping[str, Any]:
-    if level.update is not None:
+    if level.rule is not None:
         return level.rule_state
     return read_state(level, _optimizer(level))
 
 
 def _fresh_state(level: BuiltLevel) -> Mapping[str, Any]:
-    return {} if level.update is not None else fresh_state(level, _optimizer(level))
+    return {} if level.rule is not None else fresh_state(level, _optimizer(level))
 
 
 def _optimizer(level: BuiltLevel) -> Optimizer:
@@ -96,8 +96,8 @@ def _optimizer(level: BuiltLevel) -> Optimizer:
 def updates_of(built: Build, name: str, count: int) -> list[Update]:
     """The level's next updates, with the options that its scheduler would give each."""
     level = built.levels[name]
-    if level.update is not None:
-        return [level.rule] * count
+    if (rule := level.rule) is not None:
+        return [rule] * count
     optimizer = _optimizer(level)
     scheduler = level.scheduler if level.optimizer else make_scheduler(level, optimizer)
     if scheduler is None:
@@ -111,9 +111,7 @@ def updates_of(built: Build, name: str, count: int) -> list[Update]:
     return found
 
 
-def _copied(
-    optimizer: Optimizer, scheduler: LRScheduler
-) -> tuple[Optimizer, LRScheduler]:
+def _copied(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Optimizer, LRScheduler]:
     """Both with options of their own, and the same parameters and state."""
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     tensors += [
@@ -125,15 +123,45 @@ def _copied(
     return copy.deepcopy((optimizer, scheduler), {id(tensor): tensor for tensor in tensors})
 
 
-def points_of(point: Point, loops: list[Any], name: str) -> list[Point]:
-    """One point a step: the same but for batches and random numbers, without own values."""
-    values = {seen: tree for seen, tree in point.values.items() if seen != name}
-    return [
-        replace(point, values=values, batches=batches, seed=make_seed(point.seed, "roll", number))
-        for number, batches in enumerate(loops)
-    ]
+def take_loops(
+    built: Build,
+    loops: Mapping[str, Sequence[Batches]],
+    wanted: Mapping[str, Recording],
+    points: Mapping[str, Point],
+) -> tuple[dict[str, Tape], Buffers]:
+    """Takes the inner loops, those of lower levels first, each with the others as they are then.
 
+    Args:
+        built: the program.
+        loops: for each level what its steps are computed on.
+        wanted: what the tapes must hold; for a level without an entry only the end is wanted.
+        points: the losses at the present parameters.
 
-def end_values(tapes: Mapping[str, Any]) -> dict[str, Tree]:
-    """The parameters behind each tape that has an end."""
-    return {name: tape.end.parameters for name, tape in tapes.items() if tape.end is not None}
+    Returns:
+        The tapes with their ends, and the buffers behind the last steps.
+    """
+    tapes: dict[str, Tape] = {}
+    buffers: dict[Place, Tensor] = {}
+    ends: dict[str, Tree] = {}
+    for name in (name for name in built.graph.order if name in loops):
+        point, loop = points[name], loops[name]
+        values = {seen: tree for seen, tree in {**point.values, **ends}.items() if seen != name}
+        steps = (
+            replace(
+                point,
+                values=values,
+                batches=batches,
+                seed=make_seed(point.seed, "roll", number),
+                buffers=dict(buffers),
+            )
+            for number, batches in enumerate(loop)
+        )
+        updates = updates_of(built, name, len(loop))
+        recording = wanted.get(name, Recording(every=None))
+        start = start_of(built, name, buffers)
+        tapes[name], changed = roll(name, start, zip(steps, updates, strict=True), recording)
+        buffers.update(changed)
+        end = tapes[name].end
+        if end is not None:
+            ends[name] = end.parameters
+    return tapes, buffers

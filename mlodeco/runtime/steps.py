@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
+from mlodeco.calculus.rule import Rule
+from mlodeco.calculus.stateless import LevelModule, StatelessLoss
+from mlodeco.calculus.tuning import Tuning
 from mlodeco.declare.binding import Binding, BoundUpdate, bind_update
 from mlodeco.declare.records import LevelDeclaration, UpdateDeclaration
 from mlodeco.errors import DeclarationError, GraphError, ModuleError, did_you_mean, quoted
@@ -97,3 +101,58 @@ def check_replicas(
                     level=name,
                     site=str(declaration.site),
                 )
+
+
+Owners = Mapping[int, tuple[str, str]]
+"""For the identity of a parameter, its level and its name there."""
+
+
+def make_tuning(
+    declaration: LevelDeclaration,
+    binding: Binding,
+    modules: Mapping[str, nn.Module],
+    owners: Owners,
+) -> Tuning | None:
+    """The options that ``tune=`` computes, all by one function."""
+    if not declaration.tune:
+        return None
+    wanted = binding.tune_reads
+    reads = dict.fromkeys(name for names in wanted.values() for name in names)
+
+    def compute(**given: nn.Module) -> dict[str, Any]:
+        return {
+            option: function(**{name: given[name] for name in wanted[option]})
+            for option, function in declaration.tune.items()
+        }
+
+    return Tuning(_stateless(declaration, compute, reads, (), modules, owners))
+
+
+def make_rule(
+    declaration: LevelDeclaration,
+    update: BoundUpdate | None,
+    modules: Mapping[str, nn.Module],
+    owners: Owners,
+) -> Rule | None:
+    """The level's own update rule."""
+    if update is None:
+        return None
+    function = update.declaration.function
+    stateless = _stateless(declaration, function, update.reads, update.takes, modules, owners)
+    return Rule(stateless, update.takes, declaration.clip_norm)
+
+
+def _stateless(
+    declaration: LevelDeclaration,
+    function: Callable[..., Any],
+    reads: Iterable[str],
+    items: tuple[str, ...],
+    modules: Mapping[str, nn.Module],
+    owners: Owners,
+) -> StatelessLoss:
+    """A function of levels' modules and of items, as one of their parameters."""
+    read = {name: modules[name] for name in reads}
+    module = LevelModule(
+        function, read, (*items, *read), {name: name for name in read}, frozenset()
+    )
+    return StatelessLoss(declaration.name, str(declaration.site), module, owners)
