@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -135,7 +135,7 @@ def tuned() -> Mapping[str, object]:
 
 
 def fit(digits: Digits, seed: int, rates: Mapping[str, float], decay: float) -> nn.Module:
-    """Ordinary training from new initial weights, without mlodeco: with or without learned rates."""
+    """Ordinary training without mlodeco, with a rate for each tensor."""
     model = network(seed)
     groups = [{"params": [p], "lr": rates[name]} for name, p in model.named_parameters()]
     optimizer = SGD(groups, momentum=MOMENTUM, weight_decay=decay)

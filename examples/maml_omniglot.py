@@ -54,6 +54,7 @@ FIRST_SEED = 100
 INNER, MORE = 5, 20  # steps of the network in training, and more for the baselines
 SHAPE = (28, 28)
 PULL = 2.0  # of iMAML, towards the initialization
+REPTILE = 0.1  # of the way to the networks, in a turn
 METHODS = ("maml", "fomaml", "imaml", "reptile")
 
 Task = dict[str, Tensor]
@@ -192,14 +193,11 @@ def declare(
     def meta(model, weights, task):
         return F.cross_entropy(weights(task["query_x"]), task["query_y"])
 
-    def approach(model, weights):
-        return squared_distance(model, weights) / 2
-
     hypergrad = {
         "maml": Unroll(),
         "fomaml": Unroll(first_order=True),
         "imaml": CG(max_steps=5),
-        "reptile": None,  # only the direct gradient
+        "reptile": None,  # it steps by a rule of its own
     }[method]
     program.level(
         "weights",
@@ -214,8 +212,15 @@ def declare(
         lower=["weights"],
         hypergrad=hypergrad,
         module=setting.network if start is None else start,
-        optimizer=partial(Adam, lr=setting.meta_rate),
-    )(approach if method == "reptile" else meta)
+        optimizer=None if method == "reptile" else partial(Adam, lr=setting.meta_rate),
+    )(meta)
+    if method == "reptile":
+
+        @program.update("init")
+        def approach(params, weights):
+            solved = dict(weights.named_parameters())
+            return {name: w.lerp(solved[name], REPTILE) for name, w in params.items()}, {}
+
     return program
 
 
@@ -266,7 +271,7 @@ def experiment(setting: Setting, given: argparse.Namespace, seed: int) -> dict[s
 
 
 def read(folder: Path) -> Tensor:
-    """[character, drawer, 28, 28]"""
+    """Images of both sets, [character, drawer, 28, 28]."""
     with np.load(folder / "omniglot_28_u8.npz") as file:
         return torch.tensor(np.concatenate([file["x_bg"], file["x_ev"]])).view(-1, 20, *SHAPE)
 
