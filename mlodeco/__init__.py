@@ -11,8 +11,10 @@ from mlodeco.api import (
     on,
     run,
     source,
+    update,
     validate,
 )
+from mlodeco.declare.replicas import Replicas
 from mlodeco.errors import MlodecoError, MlodecoWarning
 from mlodeco.runtime import Context, History, Result, Runner
 from mlodeco.show import Report
@@ -25,6 +27,7 @@ __all__ = [
     "MlodecoError",
     "MlodecoWarning",
     "Program",
+    "Replicas",
     "Report",
     "Result",
     "Runner",
@@ -40,5 +43,6 @@ __all__ = [
     "run",
     "source",
     "tree",
+    "update",
     "validate",
 ]

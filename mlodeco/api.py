@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Program(Registry):
-    """A registry of levels, sources, validations, hooks and methods that are run together.
+    """A registry of levels, sources, validations, hooks, methods and update rules.
 
     There is a default one; ``with Program() as p:`` makes another the current one, to which
     the module-level decorators then belong.
@@ -115,6 +115,7 @@ on = _of_current(Program.on)  # type: ignore[arg-type]
 source: _Source = _of_current(Program.source)  # type: ignore[assignment]
 validate = _of_current(Program.validate)
 method = _of_current(Program.method)
+update = _of_current(Program.update)
 
 
 def run(

@@ -26,46 +26,13 @@ from torch.optim import (
 
 import mlodeco
 from mlodeco import Program, Runner
+from mlodeco.calculus.update import Cotangent, Iterate, pull_back
 from mlodeco.errors import MethodError, OptimizerError, SolverWarning
 from mlodeco.hypergrad import Identity, Sama
+from mlodeco.runtime.optimizers import next_update
 from tests import reference
+from tests.handwritten import adam, adamw, rmsprop, sgd
 from tests.problems import bilevel, classification, network, randn
-
-
-def sgd(w, g, state, *, lr, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0):
-    g = g + weight_decay * w
-    if momentum:
-        buffer = state.get("momentum_buffer")
-        new = g if buffer is None else momentum * buffer + (1 - dampening) * g
-        g = g + momentum * new if nesterov else new
-    return w - lr * g
-
-
-def adam(
-    w, g, state, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False, top=False
-):
-    if decoupled:
-        w = w * (1 - lr * weight_decay)
-    else:
-        g = g + weight_decay * w
-    t = float(state.get("step", 0.0)) + 1
-    m = betas[0] * state.get("exp_avg", 0.0) + (1 - betas[0]) * g
-    v = betas[1] * state.get("exp_avg_sq", 0.0) + (1 - betas[1]) * g**2
-    if top:
-        v = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(v)), v)
-    return w - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
-
-
-def rmsprop(w, g, state, *, lr, alpha=0.99, eps=1e-8, momentum=0.0, centered=False):
-    s = alpha * state.get("square_avg", 0.0) + (1 - alpha) * g**2
-    if centered:
-        mean = alpha * state.get("grad_avg", 0.0) + (1 - alpha) * g
-        s = s - mean**2
-    step = g / (s.sqrt() + eps)
-    if momentum:
-        step = momentum * state.get("momentum_buffer", 0.0) + step
-    return w - lr * step
-
 
 WRITTEN_OUT = {
     "sgd": (SGD, sgd, {"lr": 0.3}),
@@ -83,12 +50,8 @@ WRITTEN_OUT = {
         adam,
         {"lr": 0.01, "betas": (0.6, 0.8), "eps": 1e-3, "weight_decay": 0.3},
     ),
-    "amsgrad": (
-        partial(Adam, amsgrad=True),
-        partial(adam, top=True),
-        {"lr": 0.01, "betas": (0.6, 0.8)},
-    ),
-    "adamw": (AdamW, partial(adam, decoupled=True), {"lr": 0.01, "weight_decay": 0.3}),
+    "amsgrad": (Adam, adam, {"lr": 0.01, "betas": (0.6, 0.8), "amsgrad": True}),
+    "adamw": (AdamW, adamw, {"lr": 0.01, "weight_decay": 0.3}),
     "rmsprop": (RMSprop, rmsprop, {"lr": 0.01}),
     "rmsprop_options": (
         RMSprop,
@@ -109,7 +72,7 @@ def one_step_unroll(case, optimizer, rule, clip_norm=None):
         assert total > clip_norm
         grads = [g * clip_norm / (total + 1e-6) for g in grads]
     after = [
-        rule(w.detach(), g, optimizer.state.get(w, {}) if optimizer else {})
+        rule(w.detach(), g, optimizer.state.get(w, {}) if optimizer else {})[0]
         for w, g in zip(case.low_parameters, grads, strict=True)
     ]
     moved = torch.autograd.grad(
@@ -182,7 +145,7 @@ def test_groups_and_schedulers_are_those_of_the_run():
     found = mlodeco.hypergradient("top", program=case.program, hypergrad="sama")
     rates = iter([0.25, 0.25, 0.05, 0.05])
 
-    wanted = one_step_unroll(case, None, lambda w, g, state: w - next(rates) * g)
+    wanted = one_step_unroll(case, None, lambda w, g, _: (w - next(rates) * g, {}))
     assert relative(reference.flat(list(found.values())), wanted) < 1e-9
 
 
@@ -218,7 +181,7 @@ def test_the_derivative_of_every_stock_step_is_that_of_the_real_step(name, steps
         runner.step()
     level = program.built.levels["low"]
     w, optimizer = level.parameters["w"], level.optimizer
-    step = mlodeco.runtime.optimizers.read_step(level)
+    step, held = next_update(level)
     g, c = randn(5, seed=3), randn(5, seed=4)
     saved, state = w.detach().clone(), copy.deepcopy(optimizer.state_dict())
 
@@ -240,9 +203,12 @@ def test_the_derivative_of_every_stock_step_is_that_of_the_real_step(name, steps
     real(g)
     with torch.no_grad():
         w.copy_(saved)
-    again = step.apply({"w": saved}, {"w": g})["w"]
+    before = Iterate({"w": saved}, held)
+    again = step.apply(before, {"w": g}, {}).parameters["w"]
     assert torch.allclose(again, at_g, rtol=1e-6)  # some keep a scalar in single precision
-    pulled = step.pull_back({"w": saved}, {"w": g}, {"w": c})["w"]
+    advanced = step.advance(before, {"w": g}, {}).parameters["w"]
+    assert torch.equal(advanced, at_g)
+    pulled = pull_back(step, before, {"w": g}, {}, Cotangent({"w": c})).gradients["w"]
     assert torch.allclose(pulled, numeric @ c, rtol=1e-5, atol=1e-8)
 
 
@@ -256,9 +222,10 @@ def test_single_precision_steps_have_exact_bias_corrections():
     mlodeco.run(1, program=program, progress="off")
     level = program.built.levels["low"]
     level.optimizer = None
-    step = mlodeco.runtime.optimizers.read_step(level)
+    step, held = next_update(level)
     w, g = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1e-9, 3e-8, 1e-7])
-    found = step.pull_back({"w": w}, {"w": g}, {"w": torch.ones(3)})["w"]
+    ones = Cotangent({"w": torch.ones(3)})
+    found = pull_back(step, Iterate({"w": w}, held), {"w": g}, {}, ones).gradients["w"]
     exact = -0.1 * 1e-8 / (g.double() + 1e-8) ** 2
     assert torch.allclose(found.double(), exact, rtol=3e-6)
 

@@ -123,7 +123,7 @@ class _Nest:
                 moves_with_own.add(low)
         point = self._points[level]
         seen = {name: tree for name, tree in scope.items() if name in point.values}
-        state = point.loss.state({**point.values, **seen})
+        state = point.state({**point.values, **seen})
         share = 1.0 / len(point.batches)
 
         def mean() -> tuple[Tensor, dict[str, Any]]:

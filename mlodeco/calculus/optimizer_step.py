@@ -1,9 +1,9 @@
-"""One step of a torch optimizer as a differentiable function of the gradients."""
+"""One step of a torch optimizer as a function: the optimizer's own class makes it, on copies."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,83 +11,126 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer, Rprop
 
+from mlodeco.calculus.clipping import clip, clip_differentiably
 from mlodeco.calculus.interception import Interception
-from mlodeco.calculus.stateless import gradient, live
+from mlodeco.calculus.tuning import Tuning
+from mlodeco.calculus.update import SEPARATOR, Iterate, Values
 from mlodeco.errors import OptimizerError, SolverWarning
 from mlodeco.tree import Tree
 
 _PLAIN = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
 """The form of a step that autograd can follow."""
 
-_CLIP_EPS = 1e-6
-"""As in ``torch.nn.utils.clip_grad_norm_``."""
+_COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
+"""What optimizers keep beside moments: numbers that depend on the count of steps alone."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with the same options, by their names."""
+
+    keys: tuple[str, ...]
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """The next step of an optimizer, read off it: ``w' = U(w, g)`` at its present state.
+    """A step of an optimizer, read off it: ``(w', s') = U(w, g, s)``.
 
-    The optimizer's own class makes the step, differentiably and on copies: every optimizer
-    with a ``differentiable`` option works, with its groups, state, clipping and learning rate
-    as they are.
+    Every optimizer with a ``differentiable`` option can be differentiated, with its groups,
+    state, clipping and learning rate as they are. The state is, for each parameter's name,
+    what the optimizer keeps for it.
 
     Attributes:
         level: the level that it steps.
         site: where the level's function stands.
         kind: the optimizer's class.
-        options: for each parameter's name the options of its group.
-        state: for each parameter's name its state, where there is some.
+        groups: its groups.
         clip_norm: the largest norm of the gradient; None for no clipping.
+        tuning: options computed from levels above; None for none.
     """
 
     level: str
     site: str
     kind: type[Optimizer]
-    options: Mapping[str, Mapping[str, Any]]
-    state: Mapping[str, Mapping[str, Any]]
+    groups: tuple[Group, ...]
     clip_norm: float | None = None
+    tuning: Tuning | None = None
 
-    def apply(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tree:
-        """``U(w, g)`` for the parameters that have a gradient.
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The levels from which its options are computed."""
+        return self.tuning.reads if self.tuning else ()
+
+    def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
+        """The step as a run makes it, bit for bit; parameters without a gradient stay."""
+        clipped = clip(gradients, self.clip_norm)
+        with torch.no_grad():
+            tuned = self.tuning.numbers(values) if self.tuning else {}
+        copies = {key: before.parameters[key].detach().clone() for key in self._stepped(clipped)}
+        state = {key: _cloned(before.state.get(key, {})) for key in copies}
+        groups: list[dict[str, Any]] = []
+        for group in self.groups:
+            members = [copies[key] for key in group.keys if key in copies]
+            if members:
+                groups.append({**group.options, **tuned, "params": members})
+        for key, copy in copies.items():
+            copy.grad = clipped[key]
+        after = self._step(groups, {copies[key]: known for key, known in state.items() if known})
+        return self._iterate(before, copies, after)
+
+    def apply(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
+        """The step with its graph, in parameters, gradients, moments and tuned options.
 
         Raises:
             OptimizerError: the optimizer's step cannot be differentiated.
         """
         self._require_differentiable()
-        clipped = self._clip(gradients)
-        copies = {key: parameters[key].detach().clone() for key in self.options if key in clipped}
+        clipped = clip_differentiably(gradients, self.clip_norm)
+        tuned = self.tuning.tensors(values) if self.tuning else {}
+        copies = {key: before.parameters[key].clone() for key in self._stepped(clipped)}
         groups: list[dict[str, Any]] = []
         state: dict[Tensor, dict[str, Any]] = {}
-        for key, copy in copies.items():
-            copy.grad = clipped[key]
-            group = {**self.options[key], "params": [copy]}
-            group.update({name: value for name, value in _PLAIN.items() if name in group})
-            known = {name: _copied(value) for name, value in self.state.get(key, {}).items()}
-            if issubclass(self.kind, SGD) and known.get("momentum_buffer") is None:
-                # torch takes the first gradient as the buffer, detached: the same from zeros
-                known["momentum_buffer"] = torch.zeros_like(copy)
-                group["dampening"] = 0
-            if known:
-                state[copy] = known
-            groups.append(group)
-        if groups:
-            self._step(groups, state)
-        return copies
+        for group in self.groups:
+            plain = {name: value for name, value in _PLAIN.items() if name in group.options}
+            for key in group.keys:
+                if key not in copies:
+                    continue
+                copy = copies[key]
+                copy.grad = clipped[key]
+                options = {**group.options, **tuned, **plain, "params": [copy]}
+                known = _widened(before.state.get(key, {}))
+                if issubclass(self.kind, SGD) and known.get("momentum_buffer") is None:
+                    # torch takes the first gradient as the buffer, detached: the same from zeros
+                    known["momentum_buffer"] = torch.zeros_like(copy, requires_grad=False)
+                    options["dampening"] = 0
+                if known:
+                    state[copy] = known
+                groups.append(options)
+        after = self._step(groups, state)
+        found = self._iterate(before, copies, after)
+        if copies and not any(copy.requires_grad for copy in copies.values()):
+            raise self._refusal("its step does not depend on the gradients, as under no_grad")
+        return found
 
-    def pull_back(
-        self,
-        parameters: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        cotangent: Mapping[str, Tensor],
-    ) -> Tree:
-        """``(dU/dg)^T cotangent`` at the gradients given.
+    def carried(self, state: Mapping[str, Any]) -> Tree:
+        """The moments: floating point tensors other than counts of steps."""
+        return {
+            f"{key}{SEPARATOR}{name}": value
+            for key, known in state.items()
+            for name, value in known.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and name not in _COUNTERS
+        }
 
-        Zero where a gradient is exactly zero and the step has no derivative there, as
-        Adam's square root.
+    def with_carried(self, state: Mapping[str, Any], carried: Tree) -> Mapping[str, Any]:
+        """The state with other moments."""
+        return {
+            key: {name: carried.get(f"{key}{SEPARATOR}{name}", v) for name, v in known.items()}
+            for key, known in state.items()
+        }
 
-        Raises:
-            OptimizerError: the optimizer's step cannot be differentiated.
-        """
+    def warn_if_flat(self) -> None:
+        """Warns of an optimizer whose step has the derivative zero."""
         if issubclass(self.kind, Rprop):
             warnings.warn(
                 f"level {self.level!r} ({self.site}): Rprop steps by the sign of the gradient, so "
@@ -96,44 +139,41 @@ class OptimizerStep:
                 SolverWarning,
                 stacklevel=2,
             )
-        leaves = live(gradients)
-        with torch.enable_grad():
-            after = self.apply(parameters, leaves)
-            if after and not any(value.requires_grad for value in after.values()):
-                raise self._refusal("its step does not depend on the gradients, as under no_grad")
-            moved = [key for key in after if key in cotangent and after[key].requires_grad]
-            if not moved:
-                return {}
-            found = gradient([after[k] for k in moved], leaves, [cotangent[k] for k in moved])
-        return {
-            key: value.masked_fill(value.isnan() & (leaves[key] == 0), 0.0)
-            for key, value in found.items()
-        }
 
-    def _clip(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if self.clip_norm is None or not gradients:
-            return gradients
-        sizes = [torch.linalg.vector_norm(value) for value in gradients.values()]
-        size = torch.linalg.vector_norm(torch.stack(sizes))
-        if float(size.detach()) <= self.clip_norm:
-            return gradients
-        return {
-            key: value * (self.clip_norm / (size + _CLIP_EPS)) for key, value in gradients.items()
-        }
+    def _stepped(self, gradients: Tree) -> Iterable[str]:
+        return [key for group in self.groups for key in group.keys if key in gradients]
 
-    def _step(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+    def _iterate(
+        self, before: Iterate, copies: Tree, after: Mapping[Tensor, dict[str, Any]]
+    ) -> Iterate:
+        moved = {key: after[copy] for key, copy in copies.items() if copy in after}
+        return Iterate({**before.parameters, **copies}, {**before.state, **moved})
+
+    def _step(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
+    ) -> Mapping[Tensor, dict[str, Any]]:
         """Steps a fresh optimizer; one copied whole may be bound to the real parameters."""
+        known = _State(state)
+        if not groups:
+            return known
         fresh: Any = self.kind.__new__(self.kind)
-        defaults = {**groups[0], "differentiable": True}
-        fresh.__setstate__({"defaults": defaults, "param_groups": groups, "state": _State(state)})
+        # the gradient mode of the step is read from the defaults
+        fresh.__setstate__({"defaults": dict(groups[0]), "param_groups": groups, "state": known})
+        is_differentiable = bool(groups[0].get("differentiable"))
         try:
-            with _WideScalars():
+            if is_differentiable:
+                with _WideScalars():
+                    self.kind.step(fresh)
+            else:
                 self.kind.step(fresh)
         except Exception as error:
-            raise self._refusal(f"its step fails on copies: {error}") from error
+            if is_differentiable:
+                raise self._refusal(f"its step fails on copies: {error}") from error
+            raise
+        return known
 
     def _require_differentiable(self) -> None:
-        options = next(iter(self.options.values()), {"differentiable": False})
+        options = self.groups[0].options if self.groups else {}
         if "differentiable" not in options:
             raise self._refusal("it has no differentiable form")
 
@@ -174,9 +214,22 @@ class _WideScalars(Interception):
         return result
 
 
-def _copied(value: Any) -> Any:
-    """A copy of a state's entry, scalars in double precision."""
-    if not isinstance(value, Tensor):
-        return value
-    copy = value.detach().clone()
-    return copy.double() if copy.dim() == 0 and copy.is_floating_point() else copy
+def _cloned(known: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state in tensors of its own."""
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in known.items()
+    }
+
+
+def _widened(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with its graph, counts in double precision."""
+    return {
+        name: _widened_value(value, name) if isinstance(value, Tensor) else value
+        for name, value in known.items()
+    }
+
+
+def _widened_value(value: Tensor, name: str) -> Tensor:
+    copy = value.clone()
+    return copy.double() if name in _COUNTERS and copy.is_floating_point() else copy

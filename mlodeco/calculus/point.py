@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mlodeco.calculus.optimizer_step import OptimizerStep
-from mlodeco.calculus.randomness import make_seed, seed_streams
+from mlodeco.calculus.randomness import RecordedStreams, make_seed, seed_streams
+from mlodeco.calculus.slots import Place, State
 from mlodeco.calculus.stateless import StatelessLoss
+from mlodeco.calculus.update import Update
 from mlodeco.tree import Tree
+
+if TYPE_CHECKING:
+    from mlodeco.calculus.tape import Tape
 
 Batches = tuple[Mapping[str, Any], ...]
 """For each micro-batch the values of the function's arguments that are not modules."""
@@ -44,8 +48,10 @@ class Point:
     """A level's loss at given parameters of all levels that it sees.
 
     The loss is the mean over the micro-batches in ``batches``. Every pass at one
-    point sees the same random numbers: those of ``seed``. ``optimizer_step`` gives the next
-    step of the level's optimizer, for the methods that ask. ``part_of_batches`` gives the
+    point sees the same random numbers: those of ``seed``, or those that a step which was
+    executed saw, in ``streams``. ``buffers`` holds those that are not as in the modules now.
+    ``next_update`` gives the level's next update and the state that it starts from, for the
+    methods that ask. ``part_of_batches`` gives the
     micro-batches with a fraction of the samples of the level's own data, None where these have
     no samples; ``fraction`` is that of the batches here.
     """
@@ -56,9 +62,15 @@ class Point:
     seed: int
     generators: tuple[torch.Generator, ...] = ()
     decisions: Decisions = field(default_factory=Decisions)
-    optimizer_step: Callable[[], OptimizerStep] | None = None
+    next_update: Callable[[], tuple[Update, Mapping[str, Any]]] | None = None
     part_of_batches: Callable[[float], Batches | None] | None = None
     fraction: float = 1.0
+    streams: RecordedStreams | None = None
+    buffers: Mapping[Place, Tensor] = field(default_factory=dict)
+
+    def state(self, values: Mapping[str, Tree]) -> State:
+        """A tensor for every slot of the loss: these values, buffers as they are here."""
+        return self.loss.state(values, self.buffers)
 
     def losses(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The loss of each micro-batch in turn, with its metrics.
@@ -66,7 +78,7 @@ class Point:
         To be used inside :meth:`StatelessLoss.within`.
         """
         for number, items in enumerate(self.batches):
-            seed_streams(make_seed(self.seed, number), self.generators)
+            self._begin_streams(number)
             try:
                 result = self.loss.call(items)
             except Exception as error:
@@ -74,6 +86,12 @@ class Point:
                     error.add_note(self._note_of_the_cut())
                 raise
             yield result
+
+    def _begin_streams(self, number: int) -> None:
+        if self.streams is None:
+            seed_streams(make_seed(self.seed, number), self.generators)
+        elif number == 0:
+            self.streams.restore()
 
     def _note_of_the_cut(self) -> str:
         return (
@@ -89,13 +107,17 @@ class LowerProblem:
     """The second derivatives of ``point`` that a method may ask for.
 
     ``level`` owns the parameters w of the solve; ``targets`` are the levels whose
-    parameters receive cross products; ``memory`` is what the method kept last time.
+    parameters receive cross products of the loss, ``wanted`` these and the others on whose
+    parameters a step may depend; ``memory`` is what the method kept last time; ``tape`` holds the
+    steps by which the level came to where it is, for the methods that ask.
     """
 
     point: Point
     level: str
     targets: tuple[str, ...]
     memory: Memory = field(default_factory=dict)
+    tape: Tape | None = None
+    wanted: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> Tree:

@@ -66,7 +66,7 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) ->
         return _leaves(value.grad_fn)
 
     with preserved_randomness():
-        reached = loss.within(loss.state(values), evaluate)
+        reached = loss.within(point.state(values), evaluate)
     for what, remedy, watch in watched:
         if watch.has_changed():
             raise _refusal(loss.level, loss.site, f"changes {what} in place", remedy)

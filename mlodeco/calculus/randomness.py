@@ -69,6 +69,25 @@ class SavedRandomness(_SavedStreams):
             numpy_stream.restore(self._numpy)
 
 
+class RecordedStreams(SavedRandomness):
+    """The state of every stream, and of a function's own generators, before a step.
+
+    Args:
+        generators: for each generator that the function will be given, the one whose state it
+            is to begin with.
+    """
+
+    def __init__(self, generators: Sequence[tuple[torch.Generator, torch.Generator]] = ()) -> None:
+        super().__init__()
+        self._states = [(given, live.get_state()) for given, live in generators]
+
+    def restore(self) -> None:
+        """Puts all of them back."""
+        super().restore()
+        for generator, state in self._states:
+            generator.set_state(state)
+
+
 def seed_streams(seed: int, generators: Sequence[torch.Generator] = ()) -> None:
     """Seeds every global stream and the generators given."""
     # torch.manual_seed formats a traceback at each call while CUDA is not initialized.

@@ -28,6 +28,7 @@ class Status(Enum):
         "the residual had grown tenfold at max_steps, so that the one of smallest residual was "
         "taken: add damping, or raise max_steps"
     )
+    UNROLLED = "differentiated step by step"
     NOT_FINITE = "met a product with the Hessian that is not finite"
 
     @property

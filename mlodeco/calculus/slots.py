@@ -30,6 +30,11 @@ class Slot:
     child: int
 
     @property
+    def place(self) -> Place:
+        """Where it is, whatever it holds."""
+        return self.child, self.name
+
+    @property
     def current(self) -> Tensor | None:
         """What stands there; the holder of a scripted module is no full mapping."""
         try:
@@ -45,6 +50,9 @@ class Slot:
             raise KeyError(self.key)
         return value
 
+
+Place = tuple[int, str]
+"""Where a buffer stands: the identity of its module, and its name there."""
 
 State = dict[str, Tensor]
 """Tensors for the slots of one level module, by slot key."""

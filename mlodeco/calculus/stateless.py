@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlodeco.calculus.kernels import Kernels
-from mlodeco.calculus.slots import Slot, State, call_swapped
+from mlodeco.calculus.slots import Place, Slot, State, call_swapped
 from mlodeco.errors import LossError, MlodecoError, NonFiniteError
 from mlodeco.tree import Tree
 
@@ -115,10 +115,15 @@ class StatelessLoss:
         """The real parameters in the slots."""
         return [slot.tensor for slot in self._parameters]
 
-    def state(self, values: Mapping[str, Mapping[str, Tensor]]) -> State:
+    def state(
+        self,
+        values: Mapping[str, Mapping[str, Tensor]],
+        buffers: Mapping[Place, Tensor] | None = None,
+    ) -> State:
         """A tensor for every slot: the values of the levels given, else constants.
 
-        Buffers are copies, so that a pass that updates them changes nothing outside.
+        Buffers are copies, of those given or of the modules' own, so that a pass that updates
+        them changes nothing outside.
         """
         state: State = {}
         for slot in self._parameters:
@@ -127,7 +132,7 @@ class StatelessLoss:
             state[slot.key] = slot.tensor.detach() if value is None else value
         copies: dict[int, Tensor] = {}
         for slot in self.buffers:
-            buffer = slot.tensor
+            buffer = slot.tensor if not buffers else buffers.get(slot.place, slot.tensor)
             if id(buffer) not in copies:
                 copies[id(buffer)] = buffer.detach().clone()
             state[slot.key] = copies[id(buffer)]

@@ -21,6 +21,7 @@ from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.response import Method, Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
+from mlodeco.calculus.tape import Tape
 from mlodeco.errors import MethodError, NonFiniteError
 from mlodeco.graph import SweepPlan
 from mlodeco.tree import Tree, add, norm, scale
@@ -67,6 +68,7 @@ def sweep(
     points: Mapping[str, Point],
     methods: Mapping[tuple[str, str], Method],
     memories: Memories | None = None,
+    tapes: Mapping[str, Tape] | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``plan.top`` at the points given.
 
@@ -75,6 +77,7 @@ def sweep(
         points: the loss of the top level and of each level visited.
         methods: for each edge (upper, lower) how the lower level is differentiated.
         memories: what the methods kept at the last hypergradient of this level.
+        tapes: the steps of the levels that a method differentiates step by step.
 
     Raises:
         LossError: a loss function returned no scalar loss.
@@ -93,7 +96,10 @@ def sweep(
         for number, (method, cotangent) in enumerate(pending.of(visit.level)):
             key = visit.level, number
             memory = (memories or {}).get(key, {})
-            problem = LowerProblem(points[visit.level], visit.level, targets, memory)
+            tape = (tapes or {}).get(visit.level)
+            point = points[visit.level]
+            seen = tuple(target for target in targets if target in point.loss.sees)
+            problem = LowerProblem(point, visit.level, seen, memory, tape, targets)
             parts.append((cotangent, problem, "the cotangent that reaches the level"))
             _require_finite(cotangent, parts)
             with solving_for(problem.point):
@@ -136,7 +142,7 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
     wanted = (plan.top, *plan.lowers)
     leaves = {level: live(point.values[level]) for level in wanted}
     inputs = {(level, key): t for level, tree in leaves.items() for key, t in tree.items()}
-    state = point.loss.state({**point.values, **leaves})
+    state = point.state({**point.values, **leaves})
     share = 1.0 / len(point.batches)
 
     def differentiate() -> tuple[float, dict[str, Any], dict[str, Tree]]:

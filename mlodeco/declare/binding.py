@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from mlodeco.declare.records import RESERVED, Function, LevelDeclaration, SourceDeclaration
+from mlodeco.declare.records import (
+    RESERVED,
+    RULE_ARGUMENTS,
+    Function,
+    LevelDeclaration,
+    SourceDeclaration,
+    UpdateDeclaration,
+)
 from mlodeco.declare.site import Site
 from mlodeco.errors import BindingError, closest, did_you_mean, quoted
 
@@ -38,10 +45,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class Binding:
-    """All arguments of a level function that the library fills in, in their order."""
+    """All arguments of a level's functions that the library fills in, in their order.
+
+    ``tune_reads`` are the levels from which each option in ``tune=`` is computed.
+    """
 
     arguments: tuple[Argument, ...]
     reads: tuple[str, ...]
+    tune_reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, *roles: Role) -> tuple[Argument, ...]:
         """The arguments with one of the roles."""
@@ -59,6 +70,15 @@ class BoundSource:
 
     declaration: SourceDeclaration
     levels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BoundUpdate:
+    """An update rule: which of its own arguments it takes, and the levels that it reads."""
+
+    declaration: UpdateDeclaration
+    takes: tuple[str, ...]
+    reads: tuple[str, ...]
 
 
 def parameters_of(function: Function) -> list[inspect.Parameter]:
@@ -103,7 +123,7 @@ def bind(
         arguments.append(Argument(parameter.name, role, target, positional))
     read = [a.target for a in arguments if a.role is Role.LEVEL]
     reads = tuple(dict.fromkeys([*read, *declaration.extra_reads]))
-    return Binding(tuple(arguments), reads)
+    return Binding(tuple(arguments), reads, bind_tune(declaration, levels))
 
 
 def bind_source(declaration: SourceDeclaration, levels: Collection[str]) -> BoundSource:
@@ -122,6 +142,68 @@ def bind_source(declaration: SourceDeclaration, levels: Collection[str]) -> Boun
         source=declaration.name,
     )
     return BoundSource(declaration, reads)
+
+
+def bind_tune(declaration: LevelDeclaration, levels: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Binds the arguments of the functions in ``tune=`` to levels other than their own.
+
+    Raises:
+        BindingError: an argument names no such level, or a function has none.
+    """
+    others = [name for name in levels if name != declaration.name]
+    found: dict[str, tuple[str, ...]] = {}
+    for option, function in declaration.tune.items():
+        what = f"tune[{option!r}]"
+        found[option] = bind_offered(
+            function, others, what=what, site=declaration.site, level=declaration.name
+        )
+        if not found[option]:
+            raise BindingError(
+                f"{what} takes no level, so that no level can learn {option!r}.",
+                expected=f"an argument among {quoted(others)}.",
+                remedy="take the level that it is computed from as an argument, or give the "
+                "constant to the optimizer in optimizer=.",
+                level=declaration.name,
+                site=str(declaration.site),
+            )
+    return found
+
+
+def bind_update(declaration: UpdateDeclaration, levels: Collection[str]) -> BoundUpdate:
+    """Binds an update rule's arguments to what it steps and to other levels.
+
+    Raises:
+        BindingError: an argument names nothing, the level itself, or two things at once.
+    """
+    names = [parameter.name for parameter in parameters_of(declaration.function)]
+    if declaration.level in names:
+        raise BindingError(
+            f"the update rule takes {declaration.level!r}, the level itself.",
+            expected="its parameters by name: a rule returns new ones and changes no module.",
+            remedy="take params in its place.",
+            level=declaration.level,
+            site=str(declaration.site),
+        )
+    doubled = next((name for name in names if name in RULE_ARGUMENTS and name in levels), None)
+    if doubled is not None:
+        raise BindingError(
+            f"the update rule takes {doubled!r}, which is a level too.",
+            remedy="rename the level.",
+            level=declaration.level,
+            site=str(declaration.site),
+        )
+    wanted = bind_offered(
+        declaration.function,
+        (*RULE_ARGUMENTS, *(name for name in levels if name != declaration.level)),
+        what="the update rule",
+        site=declaration.site,
+        level=declaration.level,
+    )
+    return BoundUpdate(
+        declaration,
+        takes=tuple(name for name in RULE_ARGUMENTS if name in wanted),
+        reads=tuple(name for name in wanted if name not in RULE_ARGUMENTS),
+    )
 
 
 def _role(
@@ -249,16 +331,18 @@ def bind_offered(
     *,
     what: str,
     site: Site,
+    level: str | None = None,
     source: str | None = None,
     remedies: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
-    """The names, among those offered, that a hook, validation or source asks for.
+    """The names, among those offered, that a user's function asks for.
 
     Args:
         function: the function.
         offered: the names.
         what: it, in words.
         site: its place.
+        level: the level that it belongs to.
         source: the source that it gives items of.
         remedies: how names that are not offered would be.
 
@@ -280,6 +364,7 @@ def bind_offered(
                 expected=f"any of {quoted(known)}.",
                 remedy=(remedies or {}).get(parameter.name)
                 or f"rename or remove the argument.{did_you_mean(parameter.name, known)}",
+                level=level,
                 source=source,
                 site=str(site),
             )

@@ -164,6 +164,29 @@ class Checker:
                 remedy=f"decorate the bound method: decorator(obj.{plain.__name__}).",
             )
 
+    def names_taken(self, function: Callable[..., Any], what: str) -> tuple[str, ...]:
+        """The names of a function's arguments, all of which can be given by name.
+
+        Args:
+            function: the function.
+            what: it, in words.
+        """
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            raise self.error(
+                f"the arguments of {function!r} cannot be found out.",
+                remedy="wrap it in a function: lambda: ...",
+            ) from None
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+                raise self.error(
+                    f"the argument {parameter.name!r} is positional-only.",
+                    remedy=f"remove the '/': levels are given to {what} by name.",
+                )
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return tuple(p.name for p in parameters if p.kind not in variadic)
+
     def level_name(self, name: object) -> str:
         """A non-empty string that is not reserved."""
         if not isinstance(name, str) or not name.strip():

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal
 
+from mlodeco.declare.replicas import Replicas
 from mlodeco.declare.site import Site
 
 Function = Callable[..., Any]
 
 RESERVED: Final = ("batch", "ctx")
 """Argument names that are never levels or sources."""
+
+RULE_ARGUMENTS: Final = ("params", "grads", "state")
+"""What an update rule takes by these names; its other arguments are levels."""
 
 Refresh = Literal["step", "loop"]
 """When a source gives its next item: at each reader's step, or once the highest had its turn."""
@@ -50,6 +54,9 @@ class LevelDeclaration:
     accumulate: int
     clip_norm: float | None
     rollback: bool
+    init_from: str | None = None
+    replicas: Replicas | None = None
+    tune: Mapping[str, Function] = field(default_factory=dict)
 
     @property
     def data_keys(self) -> tuple[str, ...]:
@@ -108,4 +115,13 @@ class MethodDeclaration:
 
     name: str
     value: Any
+    site: Site
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateDeclaration:
+    """The rule by which a level steps, in place of an optimizer."""
+
+    level: str
+    function: Function
     site: Site

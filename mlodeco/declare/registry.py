@@ -10,18 +10,28 @@ from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Never, Self, TypeVar, get_args, overload
 
 from mlodeco.declare.checks import Checker, find_cycle
+from mlodeco.declare.inner_loop import (
+    read_init_from,
+    read_replicas,
+    read_tune,
+    refuse_contradictions,
+)
 from mlodeco.declare.records import (
     UNSET,
+    Function,
     HookDeclaration,
     LevelDeclaration,
     MethodDeclaration,
     Refresh,
     SourceDeclaration,
     Unset,
+    UpdateDeclaration,
     ValidationDeclaration,
 )
+from mlodeco.declare.replicas import Replicas
 from mlodeco.declare.site import Site, locate
 from mlodeco.declare.sources import declare_source
+from mlodeco.declare.updates import declare_update
 from mlodeco.errors import (
     GraphError,
     ModuleWarning,
@@ -70,6 +80,9 @@ LEVEL_OPTIONS: Final = (
     "accumulate",
     "clip_norm",
     "rollback",
+    "init_from",
+    "replicas",
+    "tune",
 )
 
 _LEVEL: Final = "@level('name', module=..., ...)"
@@ -78,7 +91,7 @@ _current: ContextVar[Registry | None] = ContextVar("mlodeco_program", default=No
 
 
 class Registry:
-    """What a program declares: levels, sources, hooks, validations and methods.
+    """What a program declares: levels, sources, hooks, validations, methods and update rules.
 
     A declaration is checked whole before it is recorded, so one that fails
     leaves no trace. ``version`` grows with each that succeeds.
@@ -93,6 +106,7 @@ class Registry:
         self.hooks: list[HookDeclaration] = []
         self.validations: list[ValidationDeclaration] = []
         self.methods: dict[str, MethodDeclaration] = {}
+        self.updates: dict[str, UpdateDeclaration] = {}
         self.version = 0
         self.built: Any = None
         self._tokens: list[Token[Registry | None]] = []
@@ -116,6 +130,9 @@ class Registry:
         accumulate: int = 1,
         clip_norm: float | None = None,
         rollback: bool = False,
+        init_from: str | None = None,
+        replicas: int | Replicas | None = None,
+        tune: Mapping[str, Function] | None = None,
         **unknown: Never,
     ) -> Callable[[F], F]:
         """Declares the decorated function as the loss of a level and returns it unchanged.
@@ -146,6 +163,14 @@ class Registry:
             clip_norm: the largest norm of the gradient.
             rollback: after the levels above have stepped, go back to the start of the
                 inner loop and repeat its last step with the updated upper levels.
+            init_from: a level above whose parameters and buffers are copied in, and the
+                optimizer's state reset, at the start of every inner loop (MAML).
+            replicas: how many independent copies of the level are solved together, each on
+                its slice of every tensor of the items; levels above see the mean over them.
+                An integer, or :class:`Replicas` to say how.
+            tune: for options of the optimizer, functions of levels above that compute them,
+                ``tune={"lr": lambda hyper: hyper.log_lr.exp()}``; they take the levels'
+                modules by name.
             **unknown: refused, with the option that was probably meant.
 
         Raises:
@@ -183,7 +208,11 @@ class Registry:
                 accumulate=check.count("accumulate", accumulate, least=1),
                 clip_norm=check.norm_bound("clip_norm", clip_norm),
                 rollback=check.flag("rollback", rollback),
+                init_from=read_init_from(check, name, init_from),
+                replicas=read_replicas(check, replicas),
+                tune=read_tune(check, tune),
             )
+            refuse_contradictions(check, declaration)
             if hypergrad is not UNSET and not declaration.lower:
                 raise check.error(
                     f"hypergrad={hypergrad!r} on a level without lower levels.",
@@ -417,19 +446,53 @@ class Registry:
                     expected="an identifier.",
                     remedy="name it like a variable: @method('my_solver').",
                 )
-            taken = self.methods.get(name)
-            if taken is not None and not site.interactive:
-                raise check.error(
-                    f"the method {name!r} is declared twice, first at {taken.site}.",
-                    remedy="rename one of them.",
-                )
-            if taken is not None:
-                _warn_of_replacement(f"method {name!r}", site)
-            self.methods[name] = MethodDeclaration(name, value, site)
+            declaration = MethodDeclaration(name, value, site)
+            _refuse_second(
+                check,
+                f"method {name!r}",
+                declaration,
+                self.methods.get(name),
+                remedy="rename one of them.",
+            )
+            self.methods[name] = declaration
             self.version += 1
             return value
 
         _refuse_bare("@method", name, "name", "@method('name')")
+        return decorate
+
+    def update(self, level: str) -> Callable[[F], F]:
+        """Declares the rule by which a level steps, in place of an optimizer.
+
+        A function ``(params, grads, state, ...) -> (params, state)`` of tensors by parameter
+        name: ``params``, their gradients ``grads`` (an upper level's: its hypergradient), and
+        ``state``, which is what it returned last. It takes those that it needs, by these names,
+        and at least one of the first two; other arguments name levels and are their modules.
+        What it computes may be differentiated through, so that levels above can learn what it
+        reads of them: a learned optimizer. Reads of lower levels are constants, as in Reptile:
+        ``@update("init") def reptile(params, weights)``.
+
+        Args:
+            level: the level that steps by it.
+
+        Raises:
+            DeclarationError: it cannot be a rule, or the level has one.
+        """
+
+        def decorate(function: F) -> F:
+            declaration, check = declare_update(level, function)
+            _refuse_second(
+                check,
+                f"update rule of {level!r}",
+                declaration,
+                self.updates.get(level),
+                remedy="remove one of them.",
+            )
+            self.updates[level] = declaration
+            self.version += 1
+            return function
+
+        _refuse_bare("@update", level, "level", "@update('weights')")
         return decorate
 
     def __repr__(self) -> str:
@@ -438,6 +501,7 @@ class Registry:
             (self.hooks, "hook"),
             (self.validations, "validation"),
             (self.methods, "method"),
+            (self.updates, "update rule"),
         ]
         others = ", ".join(counted(len(part), what) for part, what in parts if part)
         levels = f"levels {quoted(self.levels)}"
@@ -542,6 +606,21 @@ def _refuse_bare(decorator: str, given: object, missing: str, example: str) -> N
             f"{decorator} was used without {'an' if missing == 'event' else 'a'} {missing}.",
             remedy=f"write {example} above the function.",
         )
+
+
+def _refuse_second(
+    check: Checker,
+    what: str,
+    new: MethodDeclaration | UpdateDeclaration,
+    old: MethodDeclaration | UpdateDeclaration | None,
+    *,
+    remedy: str,
+) -> None:
+    """Refuses a second declaration of one name in a module; at a prompt it replaces the first."""
+    if old is not None and not new.site.interactive:
+        raise check.error(f"the {what} is declared twice, first at {old.site}.", remedy=remedy)
+    if old is not None:
+        _warn_of_replacement(what, new.site)
 
 
 def _replaces(new: Site, old: Site) -> bool:

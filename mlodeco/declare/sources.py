@@ -68,19 +68,7 @@ def _check_function(check: Checker, function: Any) -> None:
             "makes one and returns its iterator.",
         )
     check.function(function, may_yield=True)
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        raise check.error(
-            f"the arguments of {function!r} cannot be found out.",
-            remedy="wrap it in a function: lambda: ...",
-        ) from None
-    for parameter in parameters:
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            raise check.error(
-                f"the argument {parameter.name!r} is positional-only.",
-                remedy="remove the '/': levels are given to a source by name.",
-            )
+    check.names_taken(function, "a source")
 
 
 def _check_object(check: Checker, value: Any) -> None:

@@ -21,6 +21,7 @@ from mlodeco.hypergrad.neumann import Neumann
 from mlodeco.hypergrad.nystrom import Nystrom
 from mlodeco.hypergrad.sama import Sama
 from mlodeco.hypergrad.table import NAMES, describe, resolve, spell
+from mlodeco.hypergrad.unroll import Unroll
 
 __all__ = [
     "CG",
@@ -41,6 +42,7 @@ __all__ = [
     "Sama",
     "Solution",
     "Status",
+    "Unroll",
     "describe",
     "resolve",
     "spell",

@@ -99,12 +99,12 @@ def check_fraction(method: object, option: str, value: object) -> None:
         )
 
 
-def check_product(method: object, value: object) -> None:
+def check_product(method: object, value: object, known: tuple[str, ...] = PRODUCTS) -> None:
     """Refuses what is not the name of a product mode."""
-    if value not in PRODUCTS:
-        hint = did_you_mean(value, PRODUCTS) if isinstance(value, str) else ""
+    if value not in known:
+        hint = did_you_mean(value, known) if isinstance(value, str) else ""
         raise MethodError(
             f"{type(method).__name__}(product={value!r}).",
-            expected=f"one of {quoted(PRODUCTS)}.",
+            expected=f"one of {quoted(known)}.",
             remedy=f"choose one of them; 'auto' suits most programs.{hint}",
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import first_gradient, open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
+from mlodeco.calculus.update import Cotangent, Iterate, pull_back
 from mlodeco.errors import OptimizerError
 from mlodeco.hypergrad.options import Options, check_number, check_product
 from mlodeco.tree import Tree, is_zero, scale, zeros_like
@@ -59,16 +60,23 @@ class Sama(Options):
         if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
         point = problem.point
-        if point.optimizer_step is None:
+        if point.next_update is None:
             raise OptimizerError(
                 "the level has no optimizer, whose step Sama differentiates.",
                 remedy="give optimizer= to the level, or use another method.",
                 level=problem.level,
                 site=point.loss.site,
             )
-        step = point.optimizer_step()
-        pulled = step.pull_back(problem.parameters, first_gradient(problem), cotangent)
-        v = scale(pulled, -self.scale)
+        update, state = point.next_update()
+        gradients = first_gradient(problem)
+        pulled = pull_back(
+            update,
+            Iterate(problem.parameters, state),
+            gradients,
+            point.values,
+            Cotangent(cotangent),
+        )
+        v = scale(pulled.gradients, -self.scale)
         if not v:
             return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
         cross = open_curvature(problem, self.product).cross(v)

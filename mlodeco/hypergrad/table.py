@@ -21,6 +21,7 @@ from mlodeco.hypergrad.minres import MINRES
 from mlodeco.hypergrad.neumann import Neumann
 from mlodeco.hypergrad.nystrom import Nystrom
 from mlodeco.hypergrad.sama import Sama
+from mlodeco.hypergrad.unroll import Unroll
 
 NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "identity": Identity,
@@ -33,6 +34,7 @@ NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "gmres": GMRES,
     "nystrom": Nystrom,
     "sama": Sama,
+    "unroll": Unroll,
     "dense": Dense,
     "converged": Converged,
 }

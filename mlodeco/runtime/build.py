@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
+from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
-from mlodeco.declare.binding import Binding, BoundSource, Role, bind, bind_source, parameters_of
+from mlodeco.calculus.tuning import Tuning
+from mlodeco.declare.binding import (
+    Binding,
+    BoundSource,
+    BoundUpdate,
+    Role,
+    bind,
+    bind_source,
+    parameters_of,
+)
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import Registry, require_levels
 from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, quoted
 from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep, sees_more
 from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.initial import check_copies, check_starts, own_copies, refuse_closed_starts
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
+from mlodeco.runtime.steps import bind_updates, check_replicas, check_tuned, make_rule, make_tuning
 from mlodeco.tree import Tree
 
 Methods = dict[tuple[str, str], Method | None]
@@ -40,6 +55,12 @@ class BuiltLevel:
     decisions: Decisions = field(default_factory=Decisions)
     last_batches: tuple[Drawn, ...] | None = None
     optimizer: Optimizer | None = None
+    scheduler: LRScheduler | None = None
+    tuning: Tuning | None = None
+    update: BoundUpdate | None = None
+    rule: Rule | None = None
+    rule_state: Mapping[str, Any] = field(default_factory=dict)
+    recent: deque[tuple[Drawn, ...]] = field(default_factory=lambda: deque(maxlen=1))
     is_probed: bool = False
     reported: set[Status] = field(default_factory=set)
 
@@ -52,6 +73,40 @@ class BuiltLevel:
     def site(self) -> str:
         """Where its function stands."""
         return str(self.declaration.site)
+
+    def last_micro_batches(self, count: int) -> tuple[Drawn, ...] | None:
+        """The newest micro-batches, of several steps perhaps; None if there were not so many."""
+        if self.last_batches is not None and count == len(self.last_batches):
+            return self.last_batches
+        found = tuple(chain.from_iterable(self.recent))
+        return found[-count:] if len(found) >= count else None
+
+    @property
+    def init_from(self) -> str | None:
+        """The level above from whose parameters each inner loop starts."""
+        return self.declaration.init_from
+
+    @property
+    def tune_reads(self) -> tuple[str, ...]:
+        """The levels from which options of the optimizer are computed."""
+        return tuple(dict.fromkeys(n for reads in self.binding.tune_reads.values() for n in reads))
+
+    @property
+    def update_reads(self) -> tuple[str, ...]:
+        """The levels that the update rule reads."""
+        return self.update.reads if self.update else ()
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The levels whose parameters its loss or its update depends on."""
+        stepping = (part.reads for part in (self.tuning, self.rule) if part is not None)
+        return tuple(dict.fromkeys((*self.loss.sees, *chain.from_iterable(stepping))))
+
+    @property
+    def step_reads(self) -> tuple[str, ...]:
+        """The levels that its steps depend on otherwise than through its loss."""
+        start = (self.init_from,) if self.init_from else ()
+        return tuple(dict.fromkeys((*start, *self.tune_reads, *self.update_reads)))
 
 
 @dataclass
@@ -82,6 +137,7 @@ class Build:
     def remember(self, name: str, drawn: tuple[Drawn, ...]) -> None:
         """Records what a level's last step was computed on."""
         self.levels[name].last_batches = drawn
+        self.levels[name].recent.append(drawn)
         items = drawn[-1].sources
         self.kept.update({source: items[source] for source in items if self.is_kept(source)})
 
@@ -124,7 +180,10 @@ class Build:
         return tuple(other for other in reads if low in nest.inputs[other])
 
     def reads_on_paths(self, name: str) -> tuple[str, ...]:
-        """The levels whose parameters must enter the loss of ``name`` for some hypergradient."""
+        """The levels whose parameters must enter the loss of ``name`` for some hypergradient.
+
+        Those that enter its steps alone are left out.
+        """
         found = dict.fromkeys(self.plan(name).lowers)
         for top in self.levels:
             for visit in self.plan(top).visits:
@@ -132,7 +191,7 @@ class Build:
                     found.update(
                         dict.fromkeys((*visit.lowers, *((top,) if visit.feeds_top else ())))
                     )
-        return tuple(found)
+        return tuple(other for other in found if other in self.levels[name].loss.sees)
 
     def values(self, levels: Iterable[str]) -> dict[str, Tree]:
         """The current parameters of the levels, without gradients; the storage is shared."""
@@ -170,7 +229,8 @@ def build(registry: Registry) -> Build:
 
     Raises:
         RunError: no levels.
-        GraphError, BindingError, MethodError, ModuleError: the declarations do not fit.
+        GraphError, BindingError, MethodError, ModuleError, DeclarationError: the declarations
+            do not fit.
     """
     current: Build | None = registry.built
     if current is not None and current.version == registry.version:
@@ -190,10 +250,16 @@ def build(registry: Registry) -> Build:
     custom = {name: method.value for name, method in registry.methods.items()}
     _check_custom_names(registry)
     lower = {name: d.lower for name, d in declarations.items()}
-    _resolve_all(declarations, custom, Graph(lower, {}))
+    ordered = Graph(lower, {})
+    _resolve_all(declarations, custom, ordered)
+    check_starts(declarations, ordered)
+    check_tuned(declarations, bindings, ordered)
+    updates = bind_updates(registry.updates, declarations)
     modules = materialize(declarations, {name: level.module for name, level in same.items()})
     owned = {name: select_parameters(d, modules[name]) for name, d in declarations.items()}
-    owners = find_owners(declarations, owned)
+    check_copies(declarations, modules)
+    check_replicas(declarations, modules, owned)
+    owners = own_copies(declarations, modules, find_owners(declarations, owned), ordered)
     buffer_owner = _buffer_owners(declarations, modules)
     levels: dict[str, BuiltLevel] = {}
     for name, declaration in declarations.items():
@@ -201,16 +267,15 @@ def build(registry: Registry) -> Build:
         loss = _stateless_loss(declaration, binding, modules, owners)
         own = frozenset(child for child, level in buffer_owner.items() if level == name)
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
+        levels[name].tuning = make_tuning(declaration, binding, modules, owners)
+        levels[name].update = updates.get(name)
+        levels[name].rule = make_rule(declaration, updates.get(name), modules, owners)
         if name in same and _steps_all(same[name].optimizer, levels[name].parameters):
-            levels[name].optimizer = same[name].optimizer
-    reads = {
-        name: dict.fromkeys(
-            other for other in (*bindings[name].reads, *level.loss.sees) if other != name
-        )
-        for name, level in levels.items()
-    }
+            _take_over_steps(levels[name], same[name])
+    reads = {name: _reads(level, ordered.below(name)) for name, level in levels.items()}
     graph = Graph(lower, reads)
     methods = _edge_methods(declarations, custom, graph)
+    refuse_closed_starts(declarations, graph, methods, updates)
     result = Build(registry.version, levels, graph, methods, custom, sources)
     result.fingerprint = _fingerprint(modules)
     if current is not None:
@@ -224,10 +289,26 @@ def build(registry: Registry) -> Build:
     return result
 
 
+def _reads(level: BuiltLevel, below: Collection[str]) -> tuple[str, ...]:
+    """The levels that a level reads, by its loss or else by its steps.
+
+    An update rule takes levels below as they are, which makes no best response of them.
+    """
+    by_loss = (*level.binding.reads, *level.loss.sees)
+    by_steps = (other for other in level.step_reads if other not in below)
+    return tuple(dict.fromkeys(other for other in (*by_loss, *by_steps) if other != level.name))
+
+
 def _steps_all(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter]) -> bool:
     """Whether an optimizer steps just these parameters: somebody may have replaced some."""
     groups = optimizer.param_groups if optimizer is not None else ()
     return {id(p) for g in groups for p in g["params"]} == {id(p) for p in parameters.values()}
+
+
+def _take_over_steps(level: BuiltLevel, earlier: BuiltLevel) -> None:
+    """Takes over where the last run's updates stand."""
+    level.optimizer, level.scheduler = earlier.optimizer, earlier.scheduler
+    level.rule_state = earlier.rule_state
 
 
 def _take_over_items(built: Build, earlier: Build, same: Iterable[str]) -> None:
@@ -441,7 +522,7 @@ def _warn_of_closed_paths(built: Build) -> None:
     for name, level in built.levels.items():
         if not level.declaration.lower or level.declaration.hypergrad is None:
             continue
-        if name in passes_on or built.needs_nesting(name):
+        if name in passes_on or built.needs_nesting(name) or _steps_by_itself(built, level):
             continue
         reads = [low for low in level.declaration.lower if low in built.graph.reads[name]]
         if not reads:
@@ -456,3 +537,12 @@ def _warn_of_closed_paths(built: Build) -> None:
             GraphWarning,
             stacklevel=2,
         )
+
+
+def _steps_by_itself(built: Build, level: BuiltLevel) -> bool:
+    """Whether its update rule has a use for the levels below, or none for a gradient."""
+    update = level.update
+    if update is None:
+        return False
+    below = built.graph.below(level.name)
+    return "grads" not in update.takes or any(read in below for read in update.reads)

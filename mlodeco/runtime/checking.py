@@ -15,8 +15,20 @@ from mlodeco.errors import RunError
 from mlodeco.graph import SweepPlan
 from mlodeco.hypergrad import Converged, Implicit, Neumann, spell, turned
 from mlodeco.runtime.build import Build, Methods
-from mlodeco.runtime.engine import Batches, compute_hypergradient, levels_involved, muted_context
-from mlodeco.runtime.functional import check_nested, find_batches, prepare, present_entropy
+from mlodeco.runtime.engine import (
+    Batches,
+    Loop,
+    compute_hypergradient,
+    levels_involved,
+    muted_context,
+)
+from mlodeco.runtime.functional import (
+    check_nested,
+    find_batches,
+    prepare,
+    present_entropy,
+    rolled_levels,
+)
 from mlodeco.tree import Tree, add, dot, epsilon, norm
 
 _RIGHT = 0.99
@@ -154,8 +166,9 @@ def compare(
     involved = dict.fromkeys(levels_involved(built, level, dict(reference), nested=False))
     if nested:
         involved.update(dict.fromkeys(levels_involved(built, level, dict(reference), nested=True)))
-    items = find_batches(built, tuple(involved), given)
-    return _Checker(built, plan, items, methods, reference).findings(nested=nested)
+    rolled = rolled_levels(built, methods, level)
+    items, loops = find_batches(built, tuple(involved), given, rolled)
+    return _Checker(built, plan, items, loops, methods, reference).findings(nested=nested)
 
 
 def _check_damping(damping: object) -> None:
@@ -191,12 +204,14 @@ class _Checker:
         built: Build,
         plan: SweepPlan,
         batches: Batches,
+        loops: Mapping[str, Loop],
         methods: Methods,
         reference: Mapping[tuple[str, str], Method | None],
     ) -> None:
         self._built = built
         self._plan = plan
         self._batches = batches
+        self._loops = loops
         self._methods = methods
         self._reference: Methods = dict(reference)
         self._direct = self._sweep(dict.fromkeys(methods)).gradient
@@ -229,6 +244,7 @@ class _Checker:
             methods=methods,
             nested=nested,
             entropy=present_entropy(),
+            loops=self._loops,
         )
 
     def _gap_to_nested(self) -> Agreement:
@@ -309,6 +325,7 @@ class _Checker:
                 self._built,
                 self._plan,
                 self._batches,
+                self._loops,
                 {**self._methods, edge: damped},
                 {**self._reference, edge: Converged(damping=damping)},
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,17 +14,23 @@ from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomness_set_aside
+from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
+from mlodeco.calculus.tape import Tape
 from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.loops import recordings, take_loops
 from mlodeco.runtime.modules import device_of
-from mlodeco.runtime.optimizers import read_step
+from mlodeco.runtime.optimizers import next_update
 
 Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
+
+Loop = Sequence[tuple[Drawn, ...]]
+"""For each step of an inner loop its micro-batches."""
 
 ContextMaker = Callable[[str], Context]
 
@@ -39,6 +46,8 @@ def compute_hypergradient(
     memories: Memories | None = None,
     nested: bool = False,
     entropy: str = "",
+    tapes: Mapping[str, Tape] | None = None,
+    loops: Mapping[str, Loop] | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -57,11 +66,14 @@ def compute_hypergradient(
         memories: what the methods kept at the last hypergradient of this level.
         nested: the true derivative through nested best responses in place of Eq. (2).
         entropy: makes the random numbers of the passes others than those of the same tick.
+        tapes: the steps of the levels that a method differentiates step by step.
+        loops: in their place, inner loops to take functionally first: for each level the
+            micro-batches of its steps. The levels are then seen at the ends.
     """
     chosen = built.methods if methods is None else methods
     involved = levels_involved(built, top, methods, nested=nested)
     with randomness_set_aside(), torch.enable_grad():
-        values = built.values({name for lv in involved for name in built.levels[lv].loss.sees})
+        values = built.values({name for lv in involved for name in built.levels[lv].seen})
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
         points = {
@@ -71,9 +83,30 @@ def compute_hypergradient(
         for name in involved:
             probe(built, built.levels[name], points[name], nested=nested)
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
+        if loops:
+            wanted = recordings(built, chosen, top)
+            items = {
+                name: [_items_of(built, name, drawn, contexts[name]) for drawn in loop]
+                for name, loop in loops.items()
+            }
+            tapes, buffers = take_loops(built, items, wanted, points)
+            points = {name: _moved(point, tapes, buffers) for name, point in points.items()}
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
-        return sweep(built.plan(top, methods), points, open_edges, memories)
+        return sweep(built.plan(top, methods), points, open_edges, memories, tapes)
+
+
+def _items_of(
+    built: Build, name: str, drawn: tuple[Drawn, ...], ctx: Context
+) -> tuple[dict[str, Any], ...]:
+    return tuple(items_for(built.levels[name], one, ctx) for one in drawn)
+
+
+def _moved(point: Point, tapes: Mapping[str, Tape], buffers: Buffers) -> Point:
+    """The point with the levels that took a loop at its end."""
+    ends = {name: tape.end.parameters for name, tape in tapes.items() if tape.end is not None}
+    values = {name: ends.get(name, tree) for name, tree in point.values.items()}
+    return replace(point, values=values, buffers={**point.buffers, **buffers})
 
 
 def levels_involved(
@@ -90,7 +123,7 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
     level = built.levels[name]
     if level.is_probed:
         return
-    values = built.values(level.loss.sees)
+    values = built.values(level.seen)
     with preserved_randomness(), torch.enable_grad():
         point = _make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
         probe(built, level, point)
@@ -191,13 +224,13 @@ def _make_point(
     level = built.levels[name]
     return Point(
         loss=level.loss,
-        values={seen: values[seen] for seen in level.loss.sees},
-        batches=tuple(items_for(level, batch, ctx) for batch in batches),
+        values={seen: values[seen] for seen in level.seen},
+        batches=_items_of(built, name, batches, ctx),
         part_of_batches=partial(_part_of_batches, level, batches, ctx),
         seed=make_seed(built.run_seed, built.tick, name, *draw),
         generators=(ctx.generator,),
         decisions=level.decisions,
-        optimizer_step=partial(read_step, level),
+        next_update=partial(next_update, level),
     )
 
 

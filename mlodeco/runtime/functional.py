@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from mlodeco.runtime.build import Build, BuiltLevel, Methods, build
 from mlodeco.runtime.data import peek
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
+    Loop,
     compute_hypergradient,
     levels_involved,
     muted_context,
     warn_of_nested_paths,
 )
 from mlodeco.runtime.looks import find_items
+from mlodeco.runtime.loops import recordings
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Items
 from mlodeco.tree import fill
@@ -39,7 +41,7 @@ def compute(
     top = built.levels[level]
     check_nested(nested)
     involved = levels_involved(built, level, methods, nested=nested)
-    items = find_batches(built, involved, given)
+    items, loops = find_batches(built, involved, given, rolled_levels(built, methods, level))
     result = compute_hypergradient(
         built,
         level,
@@ -48,6 +50,7 @@ def compute(
         methods=methods,
         nested=nested,
         entropy=present_entropy(),
+        loops=loops,
     )
     if not nested:
         warn_of_nested_paths(built, level, methods)
@@ -106,35 +109,79 @@ def prepare(
     return built, methods, given
 
 
+def rolled_levels(built: Build, methods: Methods, top: str) -> tuple[str, ...]:
+    """The levels whose inner loops a hypergradient takes, for methods that unroll them."""
+    return tuple(recordings(built, methods, top))
+
+
 def find_batches(
-    built: Build, involved: tuple[str, ...], given: Mapping[str, Any]
-) -> dict[str, tuple[Drawn, ...]]:
-    """What every level of a hypergradient is evaluated on."""
-    sources = find_items(built, involved, given)
-    return {name: _batches_of(built.levels[name], given, sources[name]) for name in involved}
+    built: Build,
+    involved: tuple[str, ...],
+    given: Mapping[str, Any],
+    rolled: Collection[str] = (),
+) -> tuple[dict[str, tuple[Drawn, ...]], dict[str, Loop]]:
+    """What every level of a hypergradient is evaluated on, and each rolled level's steps.
+
+    A rolled level is evaluated on the batches of its last step.
+    """
+    steps = {name: built.levels[name].declaration.inner_steps for name in rolled}
+    sizes = {name: built.levels[name].declaration.accumulate for name in involved}
+    counts = {name: size * steps.get(name, 1) for name, size in sizes.items()}
+    sources = find_items(built, counts, given)
+    found = {
+        name: _batches_of(built.levels[name], given, sources[name], steps.get(name))
+        for name in involved
+    }
+    loops: dict[str, Loop] = {}
+    for name in steps:
+        size = sizes[name]
+        loops[name] = [found[name][i : i + size] for i in range(0, counts[name], size)]
+    return {name: drawn[-sizes[name] :] for name, drawn in found.items()}, loops
 
 
-def _batches_of(level: BuiltLevel, given: Mapping[str, Any], items: Items) -> tuple[Drawn, ...]:
+def _batches_of(
+    level: BuiltLevel, given: Mapping[str, Any], items: Items, steps: int | None
+) -> tuple[Drawn, ...]:
     """What the level is evaluated on: batches with the items of the sources that it reads."""
-    batches = _own_batches(level, given)
+    batches = _own_batches(level, given, steps)
     return tuple(Drawn(batch, one) for batch, one in zip(batches, items, strict=True))
 
 
-def _own_batches(level: BuiltLevel, given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The given batch, else the last step's, else the first of a fresh iterator."""
-    count = level.declaration.accumulate
+def _own_batches(level: BuiltLevel, given: Mapping[str, Any], steps: int | None) -> tuple[Any, ...]:
+    """The given batches, else those of the last steps, else the first of a fresh iterator.
+
+    Args:
+        level: the level.
+        given: what a person gave, for each step of a rolled level.
+        steps: of the inner loop, where it is rolled.
+    """
+    size = level.declaration.accumulate
     if level.name in given:
         batch = given[level.name]
-        if count == 1:
-            return (batch,)
-        if not isinstance(batch, list) or len(batch) != count:
-            raise RunError(
-                f"batches[{level.name!r}] is not a list of accumulate={count} micro-batches.",
-                remedy=f"pass a list of {count} batches for the level.",
-                level=level.name,
-                site=level.site,
-            )
-        return tuple(batch)
-    if level.last_batches is not None:
-        return tuple(drawn.batch for drawn in level.last_batches)
-    return peek(level.declaration, count)
+        if steps is None:
+            return _micro_batches(level, batch)
+        _require_list(level, batch, steps, f"inner_steps={steps} batches, one for each step")
+        return tuple(micro for one in batch for micro in _micro_batches(level, one))
+    count = size * (steps or 1)
+    last = level.last_micro_batches(count)
+    return tuple(one.batch for one in last) if last else peek(level.declaration, count)
+
+
+def _micro_batches(level: BuiltLevel, batch: Any) -> tuple[Any, ...]:
+    """The micro-batches of one step."""
+    count = level.declaration.accumulate
+    if count == 1:
+        return (batch,)
+    _require_list(level, batch, count, f"accumulate={count} micro-batches")
+    return tuple(batch)
+
+
+def _require_list(level: BuiltLevel, batch: Any, count: int, what: str) -> None:
+    if not isinstance(batch, list) or len(batch) != count:
+        found = f"of length {len(batch)}" if isinstance(batch, list) else type(batch).__name__
+        raise RunError(
+            f"batches[{level.name!r}] is not a list of {what}: it is {found}.",
+            remedy=f"pass a list of {count} batches for the level.",
+            level=level.name,
+            site=level.site,
+        )

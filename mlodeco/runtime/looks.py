@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -17,37 +17,37 @@ from mlodeco.runtime.modules import preserved_buffers
 from mlodeco.runtime.sources import Items, Stream
 
 
-def find_items(built: Build, levels: Iterable[str], given: Mapping[str, Any]) -> dict[str, Items]:
-    """For each level the items that its micro-batches see.
+def find_items(
+    built: Build, counts: Mapping[str, int], given: Mapping[str, Any]
+) -> dict[str, Items]:
+    """For each level the items that so many of its micro-batches see.
 
     Those given; else, of a source that keeps its item, the item of the newest step among its
     readers; else those of the level's own last step; else what fresh iterators give, in the
     order in which the levels would step.
     """
-    involved = set(levels)
-    found: dict[str, dict[str, tuple[Any, ...]]] = {name: {} for name in involved}
+    found: dict[str, dict[str, tuple[Any, ...]]] = {name: {} for name in counts}
     for name in built.sources:
-        readers = [n for n in built.graph.order if n in involved and n in built.readers(name)]
-        for reader, items in _column(built, name, readers, given).items():
+        readers = [n for n in built.graph.order if n in counts and n in built.readers(name)]
+        for reader, items in _column(built, name, {n: counts[n] for n in readers}, given).items():
             found[reader][name] = items
     return {
         level: tuple(
             {name: items[number] for name, items in columns.items()}
-            for number in range(built.levels[level].declaration.accumulate)
+            for number in range(counts[level])
         )
         for level, columns in found.items()
     }
 
 
 def _column(
-    built: Build, name: str, readers: list[str], given: Mapping[str, Any]
+    built: Build, name: str, counts: Mapping[str, int], given: Mapping[str, Any]
 ) -> dict[str, tuple[Any, ...]]:
     """The items of one source for each of its readers."""
-    counts = {reader: built.levels[reader].declaration.accumulate for reader in readers}
     for known in (given, built.kept):
         if name in known:
             return {reader: (known[name],) * count for reader, count in counts.items()}
-    last = {reader: _last_items(built.levels[reader], name) for reader in readers}
+    last = {reader: _last_items(built.levels[reader], name, counts[reader]) for reader in counts}
     missing = {reader: count for reader, count in counts.items() if last[reader] is None}
     if not missing:
         looked: list[Any] = []
@@ -62,8 +62,8 @@ def _column(
     }
 
 
-def _last_items(level: BuiltLevel, name: str) -> tuple[Any, ...] | None:
-    drawn = level.last_batches
+def _last_items(level: BuiltLevel, name: str, count: int) -> tuple[Any, ...] | None:
+    drawn = level.last_micro_batches(count)
     if drawn is None or any(name not in one.sources for one in drawn):
         return None
     return tuple(one.sources[name] for one in drawn)

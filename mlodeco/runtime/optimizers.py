@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from mlodeco.calculus.optimizer_step import OptimizerStep
-from mlodeco.errors import OptimizerError, quoted
+from mlodeco.calculus.optimizer_step import Group, OptimizerStep
+from mlodeco.calculus.update import Update
+from mlodeco.errors import OptimizerError, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.notes import noted
 
@@ -57,27 +59,61 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
     return optimizer
 
 
-def read_step(level: BuiltLevel) -> OptimizerStep:
-    """The next step of the level's optimizer: that of the last run, else a fresh one.
+def next_update(level: BuiltLevel) -> tuple[Update, Mapping[str, Any]]:
+    """The next update of a level and its state: those of the last run, else fresh ones.
 
     Raises:
         OptimizerError: the level has no optimizer.
     """
     wanted_by = "a method that differentiates its step, such as Sama,"
+    if level.rule is not None:
+        return level.rule, level.rule_state
     optimizer = level.optimizer or make_optimizer(level, wanted_by)
+    step = read_step(level, optimizer)
+    step.warn_if_flat()
+    return step, read_state(level, optimizer)
+
+
+def read_step(level: BuiltLevel, optimizer: Optimizer) -> OptimizerStep:
+    """The step of an optimizer with its present options.
+
+    Raises:
+        OptimizerError: ``tune=`` names an option that it does not take as a tensor.
+    """
+    if level.tuning is not None:
+        _check_tunable(level, optimizer)
     names = {id(parameter): name for name, parameter in level.parameters.items()}
+    groups = tuple(
+        Group(
+            tuple(names[id(parameter)] for parameter in group["params"]),
+            {name: value for name, value in group.items() if name != "params"},
+        )
+        for group in optimizer.param_groups
+    )
     return OptimizerStep(
         level=level.name,
         site=level.site,
         kind=type(optimizer),
-        options={
-            names[id(parameter)]: {k: v for k, v in group.items() if k != "params"}
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        },
-        state={names[id(p)]: state for p, state in optimizer.state.items()},
+        groups=groups,
         clip_norm=level.declaration.clip_norm,
+        tuning=level.tuning,
     )
+
+
+def read_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps for each parameter, by name; the tensors are its own."""
+    names = {id(parameter): name for name, parameter in level.parameters.items()}
+    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+
+
+def fresh_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """What such an optimizer keeps before its first step: nothing, for most."""
+    again: Any = type(optimizer)
+    try:
+        fresh = again([dict(group) for group in optimizer.param_groups])
+    except (TypeError, ValueError):  # one that is not made from groups alone
+        return {}
+    return read_state(level, fresh)
 
 
 def make_scheduler(level: BuiltLevel, optimizer: Optimizer) -> LRScheduler | None:
@@ -132,6 +168,23 @@ def _check_parameters(level: BuiltLevel, optimizer: Optimizer) -> None:
             f"the optimizer leaves out {quoted(missing)}.",
             "give it all parameters of the level, or select fewer by params=.",
         )
+
+
+def _check_tunable(level: BuiltLevel, optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, SGD | Adam):  # AdamW is an Adam
+        raise _error(
+            level,
+            f"tune= on {type(optimizer).__name__}, whose options cannot be tensors.",
+            "use SGD, Adam or AdamW, or an @update rule.",
+        )
+    known = [name for name in optimizer.param_groups[0] if name != "params"]
+    for option in level.declaration.tune:
+        if option not in known:
+            raise _error(
+                level,
+                f"tune= names {option!r}, no option of {type(optimizer).__name__}.",
+                f"name one of {quoted(known)}.{did_you_mean(option, known)}",
+            )
 
 
 def _error(level: BuiltLevel, found: str, remedy: str) -> OptimizerError:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.clipping import clip_factor
 from mlodeco.calculus.randomness import SavedRandomness
 from mlodeco.calculus.slots import Slot, State
 from mlodeco.calculus.stateless import require_finite
@@ -157,9 +158,9 @@ class Trainer:
                 level=self.level.name,
                 site=self.level.site,
             )
-        if bound is not None and size > bound:
-            # as torch.nn.utils.clip_grad_norm_ does
-            torch._foreach_mul_(list(grads.values()), min(1.0, bound / (size + 1e-6)))
+        factor = clip_factor(size, bound)
+        if factor != 1.0:
+            torch._foreach_mul_(list(grads.values()), factor)
         return size
 
     def apply(self) -> None:

@@ -8,9 +8,27 @@ held constant, and reads ``lambda``:
 - ``touched()`` names the parameters that the loss depends on.
 """
 
-from mlodeco.calculus.products.choice import PRODUCTS, open_curvature
+from mlodeco.calculus.products.choice import (
+    LINEARIZATIONS,
+    PRODUCTS,
+    open_curvature,
+    open_linearization,
+)
 from mlodeco.calculus.products.difference import Difference
-from mlodeco.calculus.products.first_order import first_gradient
-from mlodeco.calculus.products.protocol import Cross, Curvature
+from mlodeco.calculus.products.first_order import first_gradient, gradient_and_state
+from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
+from mlodeco.calculus.products.reverse import Reverse
 
-__all__ = ["PRODUCTS", "Cross", "Curvature", "Difference", "first_gradient", "open_curvature"]
+__all__ = [
+    "LINEARIZATIONS",
+    "PRODUCTS",
+    "Cross",
+    "Curvature",
+    "Difference",
+    "Linearization",
+    "Reverse",
+    "first_gradient",
+    "gradient_and_state",
+    "open_curvature",
+    "open_linearization",
+]

@@ -67,6 +67,22 @@ class Automatic:
 
         return self._first_that_runs(modes, self._cross_mode, keep)
 
+    def gradient(self) -> Tree:
+        """``reverse``, else ``difference``."""
+        modes: dict[str, Callable[[], Tree]] = {
+            "reverse": lambda: self._full_graph.gradient(),
+            "difference": lambda: self._difference.gradient(),
+        }
+        return self._hessian_by(modes)
+
+    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+        """``reverse``, else ``difference``."""
+        modes: dict[str, Callable[[], tuple[Tree, Cross]]] = {
+            "reverse": lambda: self._full_graph.pull_back(v),
+            "difference": lambda: self._difference.pull_back(v),
+        }
+        return self._hessian_by(modes)
+
     def _hessian_by(self, modes: Mapping[str, Callable[[], T]]) -> T:
         def keep(mode: str) -> None:
             self._decisions.hessian = mode

@@ -13,13 +13,16 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.automatic import Automatic
 from mlodeco.calculus.products.difference import Difference
 from mlodeco.calculus.products.forward import Forward
-from mlodeco.calculus.products.protocol import Cross, Curvature
+from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
 from mlodeco.calculus.products.reverse_over_forward import cross_by_duals
 from mlodeco.tree import Tree
 
 PRODUCTS: Final = ("auto", "reverse", "reverse_over_forward", "forward", "difference")
 """The modes of a product."""
+
+LINEARIZATIONS: Final = ("auto", "reverse", "difference")
+"""Those that give the gradient and both products in one pass."""
 
 
 class _ReverseWithDuals:
@@ -39,28 +42,16 @@ class _ReverseWithDuals:
         return cross_by_duals(self._problem, v)
 
 
-class _Insisting:
+class _Named:
     """A mode asked for by name: where it does not run, it says so and what does."""
 
-    def __init__(self, curvature: Curvature, problem: LowerProblem, product: str) -> None:
-        self._curvature = curvature
+    def __init__(self, problem: LowerProblem, product: str) -> None:
         self._problem = problem
         self._product = product
 
-    def touched(self) -> tuple[str, ...]:
-        with self._noted():
-            return self._curvature.touched()
-
-    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
-        with self._noted():
-            return self._curvature.hvp(v)
-
-    def cross(self, v: Mapping[str, Tensor]) -> Cross:
-        with self._noted():
-            return self._curvature.cross(v)
-
     @contextmanager
-    def _noted(self) -> Iterator[None]:
+    def noted(self) -> Iterator[None]:
+        """Adds to an error what would run."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -74,6 +65,38 @@ class _Insisting:
             raise
 
 
+class _NamedCurvature(_Named):
+    def __init__(self, curvature: Curvature, problem: LowerProblem, product: str) -> None:
+        super().__init__(problem, product)
+        self._curvature = curvature
+
+    def touched(self) -> tuple[str, ...]:
+        with self.noted():
+            return self._curvature.touched()
+
+    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
+        with self.noted():
+            return self._curvature.hvp(v)
+
+    def cross(self, v: Mapping[str, Tensor]) -> Cross:
+        with self.noted():
+            return self._curvature.cross(v)
+
+
+class _NamedLinearization(_Named):
+    def __init__(self, opened: Linearization, problem: LowerProblem, product: str) -> None:
+        super().__init__(problem, product)
+        self._opened = opened
+
+    def gradient(self) -> Tree:
+        with self.noted():
+            return self._opened.gradient()
+
+    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+        with self.noted():
+            return self._opened.pull_back(v)
+
+
 def open_curvature(problem: LowerProblem, product: str) -> Curvature:
     """The products of ``problem`` in the mode named, one of :data:`PRODUCTS`."""
     modes: dict[str, Callable[[LowerProblem], Curvature]] = {
@@ -84,4 +107,15 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
     }
     if product not in modes:
         return Automatic(problem)
-    return _Insisting(modes[product](problem), problem, product)
+    return _NamedCurvature(modes[product](problem), problem, product)
+
+
+def open_linearization(problem: LowerProblem, product: str) -> Linearization:
+    """The gradient of ``problem`` and its products, in a mode of :data:`LINEARIZATIONS`."""
+    modes: dict[str, Callable[[LowerProblem], Linearization]] = {
+        "reverse": Reverse,
+        "difference": Difference,
+    }
+    if product not in modes:
+        return Automatic(problem)
+    return _NamedLinearization(modes[product](problem), problem, product)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.products.first_order import first_gradient
 from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradients, live
@@ -65,6 +66,22 @@ class Difference:
 
         return self._central(v, at)
 
+    def gradient(self) -> Tree:
+        """One gradient in w."""
+        return first_gradient(self._problem)
+
+    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+        """Two gradients in w and in lambda."""
+        values, level = self._problem.point.values, self._problem.level
+
+        def at(shifted: Tree) -> Cross:
+            own = live(shifted)
+            targets = {name: live(values[name]) for name in self._problem.targets}
+            return self._gradient(own, {**targets, level: own})
+
+        found = self._central(v, at)
+        return found.pop(level, {}), found
+
     def _central(self, v: Mapping[str, Tensor], at: Callable[[Tree], Cross]) -> Cross:
         own = self._problem.parameters
         h = self._step(v)
@@ -94,7 +111,7 @@ class Difference:
 
     def _gradient(self, own: Tree, targets: Cross) -> Cross:
         point = self._problem.point
-        state = point.loss.state({**point.values, self._problem.level: own, **targets})
+        state = point.state({**point.values, self._problem.level: own, **targets})
         share = 1.0 / len(point.batches)
 
         def differentiate() -> Cross:

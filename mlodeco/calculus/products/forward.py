@@ -85,4 +85,4 @@ class Forward:
                         if tangent is not None:
                             result[level] = add(result[level], {key: tangent}, share)
 
-            return point.loss.within(point.loss.state(values), differentiate)
+            return point.loss.within(point.state(values), differentiate)

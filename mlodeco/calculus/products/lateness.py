@@ -48,4 +48,4 @@ def enters_late(problem: LowerProblem) -> bool:
         nodes, dependent = count_nodes(loss.grad_fn, leaves)
         return dependent < LATE_FRACTION * nodes
 
-    return point.loss.within(point.loss.state(values), count)
+    return point.loss.within(point.state(values), count)

@@ -24,3 +24,13 @@ class Curvature(Protocol):
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """``(dg/dlambda)^T v`` for each target."""
+
+
+class Linearization(Protocol):
+    """The gradient at one point, and its derivative in one direction."""
+
+    def gradient(self) -> Tree:
+        """``g``, without a graph; parameters that no loss touches are left out."""
+
+    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+        """``(dg/dw)^T v`` and ``(dg/dlambda)^T v`` for each target, in one pass; asked once."""

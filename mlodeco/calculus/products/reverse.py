@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TypeVar
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from mlodeco.calculus.autograd_graph import walk_graph
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
-from mlodeco.calculus.stateless import gradient, live
-from mlodeco.tree import Tree, fill
+from mlodeco.calculus.stateless import frozen, gradient, live
+from mlodeco.tree import Tree, add, fill
 
 K = TypeVar("K")
 
@@ -24,6 +24,9 @@ class Reverse:
         problem: the loss, its point and the targets.
         with_targets: whether :meth:`cross` will be asked for; without it the graph
             is that of the level's own parameters alone.
+
+    Attributes:
+        state: the tensors of the loss's slots; after a pass updated buffers are among them.
     """
 
     def __init__(self, problem: LowerProblem, *, with_targets: bool = True) -> None:
@@ -32,9 +35,7 @@ class Reverse:
         values = problem.point.values
         targets = problem.targets if with_targets else ()
         self._targets = {level: live(values[level]) for level in targets}
-        self._state = problem.point.loss.state(
-            {**values, **self._targets, problem.level: self._own}
-        )
+        self.state = problem.point.state({**values, **self._targets, problem.level: self._own})
 
     @cached_property
     def _gradients(self) -> list[Tree]:
@@ -44,7 +45,7 @@ class Reverse:
                 for loss, _ in self._problem.point.losses()
             ]
 
-        gradients = self._problem.point.loss.within(self._state, build)
+        gradients = self._problem.point.loss.within(self.state, build)
         self._refuse_dead_ends(gradients)
         return gradients
 
@@ -76,9 +77,34 @@ class Reverse:
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """One vjp through the graph of the gradient, then freed; another has its own."""
         inputs = {(lv, key): t for lv, tree in self._targets.items() for key, t in tree.items()}
+        return self._into_trees(self._pull_back_and_free(v, inputs), self._targets)
+
+    def gradient(self) -> Tree:
+        """The mean of the graph's gradients over micro-batches."""
+        share = 1.0 / len(self._gradients)
+        found: Tree = {}
+        for tree in self._gradients:
+            found = add(found, frozen(tree), share)
+        return found
+
+    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+        """One vjp through the graph of the gradient for both, then it is freed."""
+        level = self._problem.level
+        trees = {level: self._touched, **self._targets}
+        inputs = {(lv, key): t for lv, tree in trees.items() for key, t in tree.items()}
+        found = self._into_trees(self._pull_back_and_free(v, inputs), trees)
+        return found.pop(level), found
+
+    def _pull_back_and_free(
+        self, v: Mapping[str, Tensor], inputs: Mapping[K, Tensor]
+    ) -> dict[K, Tensor]:
         found = self._pull_back(v, inputs, keep=False)
         vars(self).pop("_gradients", None)
-        result: Cross = {level: {} for level in self._targets}
+        return found
+
+    @staticmethod
+    def _into_trees(found: Mapping[tuple[str, str], Tensor], levels: Iterable[str]) -> Cross:
+        result: Cross = {level: {} for level in levels}
         for (level, key), value in found.items():
             result[level][key] = value
         return result
@@ -101,4 +127,4 @@ class Reverse:
         def pull() -> dict[K, Tensor]:
             return gradient(outputs, inputs, weights, retain_graph=keep)
 
-        return self._problem.point.loss.within(self._state, pull)
+        return self._problem.point.loss.within(self.state, pull)

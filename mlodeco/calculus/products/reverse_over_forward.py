@@ -35,7 +35,7 @@ def _cross(problem: LowerProblem, v: Mapping[str, Tensor], is_live: bool) -> Cro
             key: forward_ad.make_dual(value, v[key].detach()) if key in v else value
             for key, value in parameters.items()
         }
-        state = point.loss.state({**point.values, **targets, problem.level: own})
+        state = point.state({**point.values, **targets, problem.level: own})
 
         def differentiate() -> Cross:
             result: Cross = {level: {} for level in targets}

@@ -1,0 +1,123 @@
+"""A user's own update rule in place of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlodeco.calculus.clipping import clip, clip_differentiably
+from mlodeco.calculus.stateless import StatelessLoss
+from mlodeco.calculus.update import Iterate, Values
+from mlodeco.errors import OptimizerError, quoted
+from mlodeco.tree import Tree, fill
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``(w', s') = rule(w, g, s)``, with the modules of the levels that it reads.
+
+    Attributes:
+        function: the rule; its items are those of "params", "grads" and "state" that it takes.
+        takes: these.
+        clip_norm: the largest norm of the gradient; None for no clipping.
+    """
+
+    function: StatelessLoss
+    takes: tuple[str, ...]
+    clip_norm: float | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The levels whose parameters the rule sees."""
+        return tuple(level for level in self.function.sees if level != self.function.level)
+
+    def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
+        """The rule without a graph, on copies.
+
+        Raises:
+            OptimizerError: it returned something else than parameters and a state.
+        """
+        with torch.no_grad():
+            found = self._call(before, clip(gradients, self.clip_norm), values)
+        state: Any = _mapped(found.state, "", lambda _, tensor: tensor.detach())
+        return Iterate({key: t.detach() for key, t in found.parameters.items()}, state)
+
+    def apply(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
+        """The rule with its graph.
+
+        Raises:
+            OptimizerError: it returned something else than parameters and a state.
+        """
+        return self._call(before, clip_differentiably(gradients, self.clip_norm), values)
+
+    def carried(self, state: Mapping[str, Any]) -> Tree:
+        """The floating point tensors in the state, by their paths."""
+        found: Tree = {}
+
+        def keep(path: str, tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                found[path] = tensor
+            return tensor
+
+        _mapped(state, "", keep)
+        return found
+
+    def with_carried(self, state: Mapping[str, Any], carried: Tree) -> Mapping[str, Any]:
+        """The state with other tensors at these paths."""
+        result: Any = _mapped(state, "", lambda path, tensor: carried.get(path, tensor))
+        return dict(result)
+
+    def _call(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
+        grads = fill(gradients, before.parameters)
+        offered: dict[str, Any] = {
+            "params": {key: t.clone() for key, t in before.parameters.items()},
+            "grads": {key: t.clone() for key, t in grads.items()},
+            "state": _mapped(before.state, "", lambda _, tensor: tensor.clone()),
+        }
+        items = {name: offered[name] for name in self.takes}
+        state = self.function.state({level: values[level] for level in self.reads})
+        returned = self.function.within(state, lambda: self.function.module.forward(items))
+        return self._checked(returned, before)
+
+    def _checked(self, returned: Any, before: Iterate) -> Iterate:
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise self._refusal(f"returned {type(returned).__name__}")
+        parameters, state = returned
+        if not isinstance(parameters, Mapping) or not isinstance(state, Mapping):
+            kinds = f"({type(parameters).__name__}, {type(state).__name__})"
+            raise self._refusal(f"returned {kinds}")
+        for key, value in before.parameters.items():
+            found = parameters.get(key)
+            if not isinstance(found, Tensor) or found.shape != value.shape:
+                what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise self._refusal(f"returned {what} for {key!r}, of shape {tuple(value.shape)}")
+        unknown = [key for key in parameters if key not in before.parameters]
+        if unknown:
+            raise self._refusal(f"returned parameters {quoted(map(str, unknown))}")
+        return Iterate({key: parameters[key] for key in before.parameters}, dict(state))
+
+    def _refusal(self, what: str) -> OptimizerError:
+        return OptimizerError(
+            f"the update rule {what}.",
+            expected="(params, state): a dictionary with a tensor for each parameter, and a "
+            "dictionary for the next step, such as {}.",
+            remedy="return new_params, state from the function.",
+            level=self.function.level,
+            site=self.function.site,
+        )
+
+
+def _mapped(value: Any, path: str, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """The same containers with other tensors."""
+    if isinstance(value, Tensor):
+        return change(path, value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, f"{path}/{key}", change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [_mapped(part, f"{path}/{n}", change) for n, part in enumerate(value)]
+        return parts if isinstance(value, list) else tuple(parts)
+    return value

@@ -1,0 +1,68 @@
+"""Options of an optimizer that are computed from the parameters of levels above."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mlodeco.calculus.stateless import StatelessLoss
+from mlodeco.errors import OptimizerError
+from mlodeco.tree import Tree
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """``mu = f(lambda)``, for each option that ``tune=`` names.
+
+    Attributes:
+        function: gives the options by name; its modules are those of the levels that it reads.
+    """
+
+    function: StatelessLoss
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The levels whose parameters enter."""
+        return self.function.sees
+
+    def tensors(self, values: Mapping[str, Tree]) -> dict[str, Any]:
+        """The options as tensors without dimensions, with their graph.
+
+        Raises:
+            OptimizerError: one is not a number.
+        """
+        seen = {level: values[level] for level in self.reads}
+        state = self.function.state(seen)
+        found: Mapping[str, Any] = self.function.within(
+            state, lambda: self.function.module.forward({})
+        )
+        return {name: self._checked(name, value) for name, value in found.items()}
+
+    def numbers(self, values: Mapping[str, Tree]) -> dict[str, Any]:
+        """The same as Python's numbers."""
+        return {name: _as_numbers(value) for name, value in self.tensors(values).items()}
+
+    def _checked(self, name: str, value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return tuple(self._checked(name, part) for part in value)
+        if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+            return value.reshape(())
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise OptimizerError(
+            f"tune={{{name!r}: ...}} gave {what}.",
+            expected="a tensor with one number, or for betas a pair of them.",
+            remedy="compute one number for all parameters: lambda hyper: hyper.log_lr.exp().",
+            level=self.function.level,
+            site=self.function.site,
+        )
+
+
+def _as_numbers(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_numbers, value))
+    return float(value.detach()) if isinstance(value, Tensor) else value

@@ -1,0 +1,65 @@
+"""How many copies of a level are solved together, and how."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, Literal, SupportsIndex, get_args
+
+from mlodeco.declare.site import locate_call
+from mlodeco.errors import DeclarationError, did_you_mean, quoted
+
+Way = Literal["auto", "loop", "vmap"]
+"""One replica after another, or all in one call of ``torch.vmap``."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """T independent copies of a level, solved together: the tasks of a meta-batch.
+
+    Every tensor of the level's items has leading dimension T, one slice a copy. Levels above
+    see the mean over the copies.
+
+    Args:
+        count: T, how many there are.
+        way: ``"loop"`` solves one after another, ``"vmap"`` all in one call; ``"auto"`` is the
+            loop on a CPU and vmap on a GPU.
+        chunk: how many one call of vmap takes, where all at once need too much memory.
+
+    Raises:
+        DeclarationError: an argument cannot be right.
+    """
+
+    count: int
+    way: Way = "auto"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", _at_least_one("count", self.count))
+        if self.chunk is not None:
+            object.__setattr__(self, "chunk", _at_least_one("chunk", self.chunk))
+        ways = get_args(Way)
+        if self.way not in ways:
+            hint = did_you_mean(self.way, ways) if isinstance(self.way, str) else ""
+            raise _error(
+                f"way={self.way!r}.",
+                expected=f"one of {quoted(ways)}.",
+                remedy=f"choose one of them.{hint}",
+            )
+
+
+def _at_least_one(option: str, value: Any) -> int:
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        number = operator.index(value)
+        if number >= 1:
+            return number
+    raise _error(
+        f"{option}={value!r}.",
+        expected="an integer of at least 1.",
+        remedy=f"set {option}=1 or more.",
+    )
+
+
+def _error(found: str, *, expected: str, remedy: str) -> DeclarationError:
+    site = locate_call("Replicas")
+    return DeclarationError(f"Replicas: {found}", expected=expected, remedy=remedy, site=str(site))

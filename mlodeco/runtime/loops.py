@@ -1,0 +1,167 @@
+"""Inner loops taken functionally, for hypergradients that are differentiated step by step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mlodeco.calculus.point import Batches, Point
+from mlodeco.calculus.randomness import make_seed
+from mlodeco.calculus.roll import Buffers, Start, roll
+from mlodeco.calculus.slots import Place
+from mlodeco.calculus.stateless import frozen
+from mlodeco.calculus.tape import Recording, Tape
+from mlodeco.calculus.update import Iterate, Update
+from mlodeco.runtime.build import Build, BuiltLevel, Methods
+from mlodeco.runtime.optimizers import (
+    fresh_state,
+    make_optimizer,
+    make_scheduler,
+    read_state,
+    read_step,
+)
+from mlodeco.tree import Tree
+
+
+def recordings(built: Build, methods: Methods, top: str | None = None) -> dict[str, Recording]:
+    """For each level that some method differentiates step by step, what its tape must hold.
+
+    Args:
+        built: the program.
+        methods: the methods of the edges.
+        top: the level whose sweep is meant; None for those of all levels.
+    """
+    found: dict[str, Recording] = {}
+    for upper, low in _edges(built, methods, top):
+        recording: Recording | None = getattr(methods[upper, low], "recording", None)
+        if recording is not None:
+            found[low] = found[low].join(recording) if low in found else recording
+    return found
+
+
+def _edges(built: Build, methods: Methods, top: str | None) -> list[tuple[str, str]]:
+    if top is None:
+        return list(methods)
+    plan = built.plan(top, methods)
+    first = [(top, low) for low in plan.lowers]
+    return first + [(visit.level, low) for visit in plan.visits for low in visit.lowers]
+
+
+def start_of(built: Build, name: str, buffers: Buffers) -> Start:
+    """Where the next loop of a level starts: at its present iterate, or at ``init_from``."""
+    level = built.levels[name]
+    own = {slot.place: slot for slot in level.loss.buffers if slot.child in level.own_children}
+    present = {place: buffers.get(place, slot.tensor) for place, slot in own.items()}
+    if level.init_from is None:
+        return Start(Iterate(frozen(level.parameters), _present_state(level)), present)
+    initial = built.levels[level.init_from]
+    source = dict(initial.module.named_parameters(remove_duplicate=False))
+    parameters = {key: source[key].detach() for key in level.parameters}
+    present |= _buffers_from(level, initial)
+    return Start(Iterate(parameters, _fresh_state(level)), present, level.init_from)
+
+
+def _buffers_from(level: BuiltLevel, initial: BuiltLevel) -> dict[Place, Tensor]:
+    """The buffers of the initial level's module, at their places in the level's own."""
+    source = dict(initial.module.named_buffers(remove_duplicate=False))
+    return {
+        (id(child), name): source[f"{prefix}.{name}" if prefix else name].detach()
+        for prefix, child in level.module.named_modules(remove_duplicate=False)
+        for name, buffer in child._buffers.items()
+        if buffer is not None
+    }
+
+
+def _present_state(level: BuiltLevel) -> Mapping[str, Any]:
+    if level.rule is not None:
+        return level.rule_state
+    return read_state(level, _optimizer(level))
+
+
+def _fresh_state(level: BuiltLevel) -> Mapping[str, Any]:
+    return {} if level.rule is not None else fresh_state(level, _optimizer(level))
+
+
+def _optimizer(level: BuiltLevel) -> Optimizer:
+    wanted_by = "a method that differentiates its steps"
+    return level.optimizer or make_optimizer(level, wanted_by)
+
+
+def updates_of(built: Build, name: str, count: int) -> list[Update]:
+    """The level's next updates, with the options that its scheduler would give each."""
+    level = built.levels[name]
+    if (rule := level.rule) is not None:
+        return [rule] * count
+    optimizer = _optimizer(level)
+    scheduler = level.scheduler if level.optimizer else make_scheduler(level, optimizer)
+    if scheduler is None:
+        return [read_step(level, optimizer)] * count
+    ahead, stepping = _copied(optimizer, scheduler)
+    found: list[Update] = []
+    for _ in range(count):
+        found.append(read_step(level, ahead))
+        ahead._opt_called = True  # type: ignore[attr-defined]  # else the scheduler warns
+        stepping.step()
+    return found
+
+
+def _copied(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Optimizer, LRScheduler]:
+    """Both with options of their own, and the same parameters and state."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors += [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    return copy.deepcopy((optimizer, scheduler), {id(tensor): tensor for tensor in tensors})
+
+
+def take_loops(
+    built: Build,
+    loops: Mapping[str, Sequence[Batches]],
+    wanted: Mapping[str, Recording],
+    points: Mapping[str, Point],
+) -> tuple[dict[str, Tape], Buffers]:
+    """Takes the inner loops, those of lower levels first, each with the others as they are then.
+
+    Args:
+        built: the program.
+        loops: for each level what its steps are computed on.
+        wanted: what the tapes must hold; for a level without an entry only the end is wanted.
+        points: the losses at the present parameters.
+
+    Returns:
+        The tapes with their ends, and the buffers behind the last steps.
+    """
+    tapes: dict[str, Tape] = {}
+    buffers: dict[Place, Tensor] = {}
+    ends: dict[str, Tree] = {}
+    for name in (name for name in built.graph.order if name in loops):
+        point, loop = points[name], loops[name]
+        values = {seen: tree for seen, tree in {**point.values, **ends}.items() if seen != name}
+        steps = (
+            replace(
+                point,
+                values=values,
+                batches=batches,
+                seed=make_seed(point.seed, "roll", number),
+                buffers=dict(buffers),
+            )
+            for number, batches in enumerate(loop)
+        )
+        updates = updates_of(built, name, len(loop))
+        recording = wanted.get(name, Recording(every=None))
+        start = start_of(built, name, buffers)
+        tapes[name], changed = roll(name, start, zip(steps, updates, strict=True), recording)
+        buffers.update(changed)
+        end = tapes[name].end
+        if end is not None:
+            ends[name] = end.parameters
+    return tapes, buffers
