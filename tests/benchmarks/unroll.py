@@ -98,7 +98,7 @@ def gradient(part: str, side: str, *, double: bool) -> torch.Tensor:
 
 def measure(part: str, rounds: int) -> list[Row]:
     """Every side of a part."""
-    reference = {double: gradient(part, "loop", double=double) for double in (False, True)}
+    reference = [gradient(part, "loop", double=double) for double in (False, True)]
     rows: dict[str, Row] = {}
     for side in SIDES:
         try:
@@ -109,9 +109,7 @@ def measure(part: str, rounds: int) -> list[Row]:
             note = f"{type(error).__name__}: {error}".strip().splitlines()[0][:60]
             rows[side] = Row(part, side, note=note)
             continue
-        errors = tuple(
-            difference(g, reference[d]) for g, d in zip(found, (False, True), strict=True)
-        )
+        single, double = (difference(g, reference[d]) for d, g in enumerate(found))
         rows[side] = Row(part, side, errors=(single, double))
     runs = [side for side, row in rows.items() if not row.note]
     calls = {side: make(part, side).tick for side in runs}
@@ -154,9 +152,8 @@ def targets(rows: Iterable[Row]) -> list[tuple[str, float | None, float]]:
         found.append((f"maml: memory over {peer}", over("peak", one, other), 0.6))
     for part in ("maml", "resnet50"):
         kept, loop = (part, "keep_graph"), (part, "loop")
-        found.append(
-            (f"{part}: keep_graph, time over the loop", over("milliseconds", kept, loop), 1.05)
-        )
+        ratio = over("milliseconds", kept, loop)
+        found.append((f"{part}: keep_graph, time over the loop", ratio, 1.05))
     long, short = ("resnet50", "mlodeco"), ("resnet1", "mlodeco")
     without = [_without_stored(by.get(key)) for key in (long, short)]
     ratio = without[0] / without[1] if without[0] is not None and without[1] else None
