@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mlodeco.calculus.point import Point
-from mlodeco.calculus.products import Linearization, Reverse, gradient_and_state
+from mlodeco.calculus.products import Reverse, gradient_and_state
 from mlodeco.calculus.slots import Place
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Iterate, Update
@@ -51,10 +51,9 @@ def roll(
         step = TapeStep(here, update, iterate if is_kept else None)
         others = tuple(seen for seen in point.loss.sees if seen != level)
         problem = step.problem(level, iterate.parameters, others)
-        graph: Linearization | None = None
-        if recording.keep_graph:
-            graph = reverse = Reverse(problem)
-            gradient, state = reverse.gradient(), reverse.state
+        graph = Reverse(problem) if recording.keep_graph else None
+        if graph is not None:
+            gradient, state = graph.gradient(), graph.state
         else:
             gradient, state = gradient_and_state(problem)
         taken.append(replace(step, graph=graph))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mlodeco.calculus.point import LowerProblem, Point
-from mlodeco.calculus.products import Linearization, first_gradient
+from mlodeco.calculus.products import Reverse, first_gradient
 from mlodeco.calculus.update import Iterate, Update
 from mlodeco.tree import Tree
 
@@ -52,7 +52,7 @@ class TapeStep:
     update: Update
     before: Iterate | None
     gradient: Tree | None = None
-    graph: Linearization | None = None
+    graph: Reverse | None = None
 
     def problem(self, level: str, parameters: Tree, targets: tuple[str, ...] = ()) -> LowerProblem:
         """The second derivatives of its loss at the parameters that it started from."""

@@ -22,6 +22,7 @@ from mlodeco.hypergrad.nystrom import Nystrom
 from mlodeco.hypergrad.sama import Sama
 from mlodeco.hypergrad.table import NAMES, describe, resolve, spell
 from mlodeco.hypergrad.unroll import Unroll
+from mlodeco.hypergrad.unroll_forward import UnrollForward
 
 __all__ = [
     "CG",
@@ -43,6 +44,7 @@ __all__ = [
     "Solution",
     "Status",
     "Unroll",
+    "UnrollForward",
     "describe",
     "resolve",
     "spell",

@@ -22,6 +22,7 @@ from mlodeco.hypergrad.neumann import Neumann
 from mlodeco.hypergrad.nystrom import Nystrom
 from mlodeco.hypergrad.sama import Sama
 from mlodeco.hypergrad.unroll import Unroll
+from mlodeco.hypergrad.unroll_forward import UnrollForward
 
 NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "identity": Identity,
@@ -35,6 +36,7 @@ NAMES: Final[Mapping[str, Callable[[], Method]]] = {
     "nystrom": Nystrom,
     "sama": Sama,
     "unroll": Unroll,
+    "unroll_forward": UnrollForward,
     "dense": Dense,
     "converged": Converged,
 }

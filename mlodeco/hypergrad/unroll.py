@@ -107,7 +107,8 @@ class Unroll(Options):
         """The cotangent before a step, and what the step carries to the targets."""
         level = problem.level
         inner = step.problem(level, before.parameters, problem.wanted)
-        opened = step.graph or open_linearization(inner, self.product)
+        kept = step.graph
+        opened = open_linearization(inner, self.product) if kept is None or kept.is_spent else kept
         gradient = opened.gradient() if step.gradient is None else step.gradient
         reads = tuple(name for name in step.update.reads if name in problem.wanted)
         values = step.point.values

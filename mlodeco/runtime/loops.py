@@ -38,11 +38,16 @@ def recordings(built: Build, methods: Methods, top: str | None = None) -> dict[s
         top: the level whose sweep is meant; None for those of all levels.
     """
     found: dict[str, Recording] = {}
-    for upper, low in _edges(built, methods, top):
-        recording: Recording | None = getattr(methods[upper, low], "recording", None)
-        if recording is not None:
-            found[low] = found[low].join(recording) if low in found else recording
+    for upper, low in unrolled_edges(built, methods, top):
+        recording: Recording = getattr(methods[upper, low], "recording")  # noqa: B009
+        found[low] = found[low].join(recording) if low in found else recording
     return found
+
+
+def unrolled_edges(built: Build, methods: Methods, top: str | None = None) -> list[tuple[str, str]]:
+    """The edges (upper, lower) of a sweep, or of all, with a method that needs a tape."""
+    edges = _edges(built, methods, top)
+    return [edge for edge in edges if hasattr(methods[edge], "recording")]
 
 
 def _edges(built: Build, methods: Methods, top: str | None) -> list[tuple[str, str]]:

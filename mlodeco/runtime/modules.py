@@ -224,6 +224,19 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
                 holder[name] = buffer.copy_(value)
 
 
+def copy_into(module: nn.Module, other: nn.Module) -> None:
+    """Copies the parameters and buffers of another module of the same kind."""
+    with torch.no_grad():
+        theirs = _named_tensors(other)
+        for name, tensor in _named_tensors(module).items():
+            tensor.copy_(theirs[name])
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    named = dict(module.named_parameters(remove_duplicate=False))
+    return named | dict(module.named_buffers(remove_duplicate=False))
+
+
 def _children(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list({id(child): child for m in modules for child in m.modules()}.values())
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -86,7 +87,7 @@ def read_step(level: BuiltLevel, optimizer: Optimizer) -> OptimizerStep:
     groups = tuple(
         Group(
             tuple(names[id(parameter)] for parameter in group["params"]),
-            {name: value for name, value in group.items() if name != "params"},
+            {name: _kept(value) for name, value in group.items() if name != "params"},
         )
         for group in optimizer.param_groups
     )
@@ -98,6 +99,11 @@ def read_step(level: BuiltLevel, optimizer: Optimizer) -> OptimizerStep:
         clip_norm=level.declaration.clip_norm,
         tuning=level.tuning,
     )
+
+
+def _kept(value: Any) -> Any:
+    """An option as it is now: schedulers write into a learning rate that is a tensor."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def read_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
 from mlodeco.calculus.randomness import SavedRandomness
+from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.errors import MlodecoError, RunError, counted, quoted
@@ -20,6 +22,7 @@ from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
     compute_hypergradient,
@@ -37,6 +40,8 @@ from mlodeco.runtime.history import (
     as_number,
 )
 from mlodeco.runtime.hooks import Hooks, describe_validation
+from mlodeco.runtime.loops import recordings, unrolled_edges
+from mlodeco.runtime.recorder import Copies, Recorder
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
@@ -141,7 +146,9 @@ class Runner:
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         validations = [Validation(d, self.built, place) for d in registry.validations]
-        self._trainers = {n: Trainer(level, place) for n, level in self.built.levels.items()}
+        levels = self.built.levels
+        self._trainers = {n: Trainer(self.built, level, place) for n, level in levels.items()}
+        self._recorders = self._make_recorders()
         for trainer in self._trainers.values():
             trainer.level.reported.clear()
         self._sources = Sources(self.built, place)
@@ -154,6 +161,16 @@ class Runner:
         self._take_over()
         for number, generator in enumerate(self._generators.values()):
             generator.manual_seed((self._run_seed + number) % 2**63)
+
+    def _make_recorders(self) -> dict[str, Recorder]:
+        """What records the steps of the levels that some method differentiates through."""
+        copies = Copies(self.built)
+        found: dict[str, Recorder] = {}
+        for name, recording in recordings(self.built, self.built.methods).items():
+            level = self.built.levels[name]
+            level.recent = deque(level.recent, maxlen=level.declaration.inner_steps)
+            found[name] = Recorder(self.built, self._trainers[name], recording, copies)
+        return found
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -221,7 +238,9 @@ class Runner:
         """Makes the program's tick, seed and optimizers those of this run, of several perhaps."""
         self.built.tick, self.built.run_seed = self.tick + 1, self._run_seed
         for trainer in self._trainers.values():
-            trainer.level.optimizer = trainer.optimizer
+            level = trainer.level
+            level.optimizer, level.scheduler = trainer.optimizer, trainer.scheduler
+            level.rule_state = trainer.rule_state
 
     def _tell(self, tick: Tick) -> None:
         for listener in self.listeners:
@@ -240,10 +259,13 @@ class Runner:
             self._take_step(name)
         self._schedule.finish_turn(name)
         self._sources.finish_turn(name)
+        for low in self.built.graph.lower[name]:
+            if low in self._recorders:
+                self._recorders[low].finish_turn(name)
         return True
 
     def _take_step(self, name: str) -> None:
-        trainer = self._trainers[name]
+        trainer, recorder = self._trainers[name], self._recorder(name)
         starts_loop = self._schedule.is_loop_start(name)
         ctx = self._context(name)
         if starts_loop:
@@ -251,17 +273,28 @@ class Runner:
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             if starts_loop:
                 trainer.begin_loop()
+            if starts_loop and recorder is not None:
+                recorder.begin_loop()
             with self._sources.drawn(trainer.level) as items:
                 batches, ended = trainer.draw(items)
             ctx.epoch = trainer.epoch
             trainer.begin_step(ctx.generator)
             self._fire("before_step", name, ctx, batch=batches[-1].batch)
-            found = self._differentiate(name, batches, ctx)
+            trainer.tune()
+            if recorder is not None:
+                recorder.begin_step(batches, self._muted(name), ctx.generator)
+            found = self._differentiate(name, batches, ctx, recorder)
             extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
+            if recorder is not None and (
+                self._hooks.listens_to_gradients or self.built.graph.lower[name]
+            ):
+                recorder.use_gradient(trainer.gradients())
             norm = trainer.clip()
         rate, metrics = trainer.learning_rate, _numbers(found.metrics)
         trainer.apply()
+        if recorder is not None:
+            recorder.finish_step()
         self.built.remember(name, batches)
         self._schedule.finish_step(name)
         record = StepRecord(
@@ -300,13 +333,35 @@ class Runner:
             self._fire("loop_end", name, ctx)
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
-    def _differentiate(self, name: str, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
+    def _recorder(self, name: str) -> Recorder | None:
+        """The level's, once it is warm."""
+        is_warm = self._schedule.steps[name] >= self.built.levels[name].declaration.warmup
+        return self._recorders.get(name) if is_warm else None
+
+    def _tapes(self, top: str) -> dict[str, Tape]:
+        """The executed inner loops that the hypergradient of a level goes back over."""
+        edges = unrolled_edges(self.built, self.built.methods, top)
+        return {
+            low: self._recorders[low].tape([u for u, other in edges if other == low])
+            for low in dict.fromkeys(low for _, low in edges)
+        }
+
+    def _differentiate(
+        self,
+        name: str,
+        batches: tuple[Drawn, ...],
+        ctx: Context,
+        recorder: Recorder | None = None,
+    ) -> Gradients:
         """Leaves ``.grad`` at the (hyper)gradient of the level at its current parameters."""
         trainer = self._trainers[name]
         rank = self._accelerator.process_index
         if not self.built.graph.lower[name]:
             if not trainer.level.is_probed:
                 probe_level(self.built, name, batches[0], self._muted(name), rank)
+            if recorder is not None and recorder.recording.keep_graph:
+                parts = [items_for(trainer.level, batch, ctx) for batch in batches]
+                return trainer.adopt_graph(recorder.differentiate(parts))
             return trainer.backward(batches, ctx)
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
@@ -319,6 +374,7 @@ class Runner:
             rank=rank,
             memories=trainer.memories,
             nested=self._nested,
+            tapes=self._tapes(name) if self._recorders else None,
         )
         ctx.adopt(own)
         if not self._nested:
@@ -364,6 +420,7 @@ class Runner:
             found = self._differentiate(name, batches, ctx)
             extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
+            trainer.tune()
             trainer.clip()
         trainer.apply()
         self._stop_reason = self._stop_reason or ctx.stop_reason

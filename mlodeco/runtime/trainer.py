@@ -10,19 +10,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlodeco.calculus.clipping import clip_factor
+from mlodeco.calculus.products import Reverse
 from mlodeco.calculus.randomness import SavedRandomness
+from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.slots import Slot, State
-from mlodeco.calculus.stateless import require_finite
+from mlodeco.calculus.stateless import frozen, require_finite
 from mlodeco.calculus.sweep import Hypergradient, Memories, Solve
+from mlodeco.calculus.update import Iterate, Update
 from mlodeco.errors import NonFiniteError
-from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, items_for
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.optimizers import make_optimizer, make_scheduler
+from mlodeco.runtime.modules import copy_into
+from mlodeco.runtime.optimizers import (
+    fresh_state,
+    make_optimizer,
+    make_scheduler,
+    read_state,
+    read_step,
+)
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -39,10 +49,12 @@ class Gradients:
 class Trainer:
     """The state of one level in a run and the parts of its step."""
 
-    def __init__(self, level: BuiltLevel, place: Placer) -> None:
+    def __init__(self, built: Build, level: BuiltLevel, place: Placer) -> None:
         self.level = level
-        self.optimizer = make_optimizer(level)
-        self.scheduler = make_scheduler(level, self.optimizer)
+        self.optimizer = None if level.rule else make_optimizer(level)
+        self.scheduler = make_scheduler(level, self.optimizer) if self.optimizer else None
+        self.rule_state: Mapping[str, Any] = {}
+        self._built = built
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
         self._feed = Feed(level.declaration)
@@ -63,7 +75,9 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """The optimizer's, in its first group; not a number for an optimizer without one."""
+        """The optimizer's, in its first group; not a number where there is none."""
+        if self.optimizer is None:
+            return math.nan
         return float(self.optimizer.param_groups[0].get("lr", math.nan))
 
     def draw(self, sources: Sequence[Mapping[str, Any]]) -> tuple[tuple[Drawn, ...], bool]:
@@ -114,6 +128,14 @@ class Trainer:
             torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
         return Gradients(total, metrics)
 
+    def adopt_graph(self, graph: Reverse) -> Gradients:
+        """The same from a gradient whose graph is kept."""
+        self.adopt(graph.gradient(), graph.state)
+        share = 1.0 / len(graph.outcomes)
+        name, site = self.level.name, self.level.site
+        total = sum(share * require_finite(loss, name, site) for loss, _ in graph.outcomes)
+        return Gradients(total, graph.outcomes[-1][1])
+
     def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
         """Takes a hypergradient as ``.grad``, and the own buffers of its pass."""
         with torch.no_grad():
@@ -163,16 +185,69 @@ class Trainer:
             torch._foreach_mul_(list(grads.values()), factor)
         return size
 
+    def iterate(self) -> Iterate:
+        """Where the level stands, in tensors that nobody changes."""
+        parameters = {key: p.detach().clone() for key, p in self.level.parameters.items()}
+        if self.optimizer is None:
+            return Iterate(parameters, self.rule_state)
+        state = read_state(self.level, self.optimizer)
+        copied = {
+            key: {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in known.items()}
+            for key, known in state.items()
+        }
+        return Iterate(parameters, copied)
+
+    def read_update(self) -> Update:
+        """The next update with its present options."""
+        if self.level.rule is not None:
+            return self.level.rule
+        if self.optimizer is None:
+            raise RuntimeError("a level has a rule or an optimizer")
+        return read_step(self.level, self.optimizer)
+
+    def tune(self) -> None:
+        """Sets the options of the optimizer that are computed from other levels."""
+        tuning = self.level.tuning
+        if tuning is None or self.optimizer is None:
+            return
+        with torch.no_grad():
+            numbers = tuning.numbers(self._built.values(tuning.reads))
+        for group in self.optimizer.param_groups:
+            group.update(numbers)
+
     def apply(self) -> None:
-        """One step of the optimizer and of the scheduler."""
-        self.optimizer.step()
+        """One step of the optimizer and of the scheduler, or of the level's own rule."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+        elif self.level.rule is not None:
+            self._apply_rule(self.level.rule)
         if self.scheduler is not None:
             self.scheduler.step()
 
+    def _apply_rule(self, rule: Rule) -> None:
+        before = Iterate(frozen(self.level.parameters), self.rule_state)
+        after = rule.advance(before, self.gradients(), self._built.values(rule.reads))
+        with torch.no_grad():
+            for key, parameter in self.level.parameters.items():
+                parameter.copy_(after.parameters[key])
+        self.rule_state = after.state
+
     def begin_loop(self) -> None:
-        """Remembers the state at the start of an inner loop, for ``rollback``."""
+        """Starts an inner loop: from ``init_from``, or noting the state for ``rollback``."""
+        if self.level.init_from is not None:
+            self._start_from(self._built.levels[self.level.init_from].module)
         if self.level.declaration.rollback:
             self._snapshot = _Snapshot(self)
+
+    def _start_from(self, module: nn.Module) -> None:
+        """Copies parameters and buffers in, and forgets what the optimizer has kept."""
+        copy_into(self.level.module, module)
+        self.rule_state = {}
+        if self.optimizer is not None:
+            fresh = fresh_state(self.level, self.optimizer)
+            self.optimizer.state.clear()
+            for key, state in fresh.items():
+                self.optimizer.state[self.level.parameters[key]] = state
 
     def begin_step(self, generator: torch.Generator) -> None:
         """Remembers the random numbers before a step, for ``rollback``."""
@@ -226,7 +301,9 @@ class _Snapshot:
         level = trainer.level
         self._parameters = [(p, p.detach().clone()) for p in level.parameters.values()]
         self._buffers = _SavedBuffers(level, level.loss.buffers, own=True)
-        self._optimizer = copy.deepcopy(trainer.optimizer.state_dict())
+        optimizer = trainer.optimizer
+        self._optimizer = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+        self._rule_state = trainer.rule_state
         scheduler = trainer.scheduler
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
 
@@ -235,6 +312,8 @@ class _Snapshot:
             for parameter, saved in self._parameters:
                 parameter.copy_(saved)
         self._buffers.restore()
-        trainer.optimizer.load_state_dict(self._optimizer)
+        trainer.rule_state = self._rule_state
+        if trainer.optimizer is not None and self._optimizer is not None:
+            trainer.optimizer.load_state_dict(self._optimizer)
         if trainer.scheduler is not None and self._scheduler is not None:
             trainer.scheduler.load_state_dict(self._scheduler)

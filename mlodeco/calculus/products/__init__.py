@@ -16,6 +16,7 @@ from mlodeco.calculus.products.choice import (
 )
 from mlodeco.calculus.products.difference import Difference
 from mlodeco.calculus.products.first_order import first_gradient, gradient_and_state
+from mlodeco.calculus.products.forward import push_gradient
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
 
@@ -31,4 +32,5 @@ __all__ = [
     "gradient_and_state",
     "open_curvature",
     "open_linearization",
+    "push_gradient",
 ]

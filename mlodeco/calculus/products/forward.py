@@ -86,3 +86,36 @@ class Forward:
                             result[level] = add(result[level], {key: tangent}, share)
 
             return point.loss.within(point.state(values), differentiate)
+
+
+def push_gradient(problem: LowerProblem, along: Mapping[str, Tree]) -> Tree:
+    """The derivative of the gradient in w along a direction in the parameters of several levels.
+
+    Args:
+        problem: the loss and its point.
+        along: for each level, its own perhaps, a part of the direction.
+    """
+    point, level = problem.point, problem.level
+    values = {**point.values, level: live(problem.parameters)}
+    share = 1.0 / len(point.batches)
+    with forward_ad.dual_level():
+        for name, tree in along.items():
+            moved = {key: forward_ad.make_dual(values[name][key], t) for key, t in tree.items()}
+            values[name] = {**values[name], **moved}
+
+        def differentiate() -> Tree:
+            result: Tree = {}
+            losses = point.losses()
+            while True:
+                with NoGradStopsTangents():
+                    item = next(losses, None)
+                if item is None:
+                    return result
+                if not item[0].requires_grad:
+                    continue
+                for key, value in gradient(item[0], values[level]).items():
+                    tangent = forward_ad.unpack_dual(value).tangent
+                    if tangent is not None:
+                        result = add(result, {key: tangent}, share)
+
+        return point.loss.within(point.state(values), differentiate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class Reverse:
 
     Attributes:
         state: the tensors of the loss's slots; after a pass updated buffers are among them.
+        outcomes: the losses of the micro-batches and what came with them, after a pass.
+        is_spent: whether the graph has been freed.
     """
 
     def __init__(self, problem: LowerProblem, *, with_targets: bool = True) -> None:
@@ -37,13 +39,19 @@ class Reverse:
         self._targets = {level: live(values[level]) for level in targets}
         self.state = problem.point.state({**values, **self._targets, problem.level: self._own})
 
+        self.outcomes: list[tuple[Tensor, dict[str, Any]]] = []
+        self.is_spent = False
+
     @cached_property
     def _gradients(self) -> list[Tree]:
         def build() -> list[Tree]:
-            return [
-                gradient(loss, self._own, create_graph=True) if loss.requires_grad else {}
-                for loss, _ in self._problem.point.losses()
-            ]
+            found: list[Tree] = []
+            self.outcomes = []
+            for loss, metrics in self._problem.point.losses():
+                self.outcomes.append((loss.detach(), metrics))
+                is_live = loss.requires_grad
+                found.append(gradient(loss, self._own, create_graph=True) if is_live else {})
+            return found
 
         gradients = self._problem.point.loss.within(self.state, build)
         self._refuse_dead_ends(gradients)
@@ -100,6 +108,7 @@ class Reverse:
     ) -> dict[K, Tensor]:
         found = self._pull_back(v, inputs, keep=False)
         vars(self).pop("_gradients", None)
+        self.is_spent = True
         return found
 
     @staticmethod

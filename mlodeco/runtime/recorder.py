@@ -1,0 +1,178 @@
+"""The executed steps of a level, recorded for methods that differentiate through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mlodeco.calculus.point import Point
+from mlodeco.calculus.products import Reverse
+from mlodeco.calculus.randomness import RecordedStreams
+from mlodeco.calculus.slots import Place
+from mlodeco.calculus.tape import Recording, Tape, TapeStep
+from mlodeco.runtime.build import Build
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import items_for
+from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.trainer import Trainer
+from mlodeco.tree import Tree
+
+
+class Copies:
+    """Copies of levels' parameters, made anew only where somebody has written to them."""
+
+    def __init__(self, built: Build) -> None:
+        self._built = built
+        self._known: dict[str, tuple[tuple[tuple[int, int], ...], Tree]] = {}
+
+    def of(self, level: str) -> Tree:
+        """The parameters of a level as they are now, in tensors that nobody changes."""
+        parameters = self._built.levels[level].parameters
+        versions = tuple((id(p), p._version) for p in parameters.values())
+        known = self._known.get(level)
+        if known is None or known[0] != versions:
+            known = versions, {key: p.detach().clone() for key, p in parameters.items()}
+            self._known[level] = known
+        return known[1]
+
+
+class Recorder:
+    """Keeps the tape of one level for the levels above it.
+
+    Steps are numbered from the start of the run. For each level above a mark tells where its
+    present inner loop began; it moves at the level's own next step and not at the turn above, so
+    that levels further above still find the loop that came to an end.
+
+    Args:
+        built: the program.
+        trainer: the level's.
+        recording: what the tape must hold.
+        copies: of the parameters that its steps see.
+    """
+
+    def __init__(
+        self, built: Build, trainer: Trainer, recording: Recording, copies: Copies
+    ) -> None:
+        self._built = built
+        self._trainer = trainer
+        self._level = trainer.level
+        self.recording = recording
+        self._copies = copies
+        self._steps: list[TapeStep] = []
+        self._count = 0
+        self._marks = dict.fromkeys(built.graph.uppers(self._level.name), 0)
+        self._ended: set[str] = set()
+        self._copied_at: int | None = None
+        self._pending: TapeStep | None = None
+
+    def begin_loop(self) -> None:
+        """Notes that the parameters of ``init_from`` have been copied in."""
+        if self._level.init_from is not None:
+            self._copied_at = self._count
+
+    def begin_step(
+        self, batches: tuple[Drawn, ...], muted: Context, generator: torch.Generator
+    ) -> None:
+        """Notes everything that the next step depends on.
+
+        Args:
+            batches: its micro-batches.
+            muted: what its function is given when the step is looked at again.
+            generator: the one that its function is given now.
+        """
+        for upper in self._ended:
+            self._marks[upper] = self._count
+        self._ended.clear()
+        self._forget()
+        level = self._level
+        others = {seen: self._copies.of(seen) for seen in level.seen if seen != level.name}
+        point = Point(
+            loss=level.loss,
+            values=others,
+            batches=tuple(items_for(level, batch, muted) for batch in batches),
+            seed=0,
+            generators=(muted.generator,),
+            decisions=level.decisions,
+            streams=RecordedStreams(((muted.generator, generator),)),
+            buffers=self._buffers(),
+        )
+        before = self._trainer.iterate() if self._keeps_iterate else None
+        self._pending = TapeStep(point, self._trainer.read_update(), before)
+
+    def differentiate(self, items: Iterable[Mapping[str, object]]) -> Reverse:
+        """The step's gradient with its graph, which is kept.
+
+        Args:
+            items: for each micro-batch what its function is given now.
+        """
+        pending = self._step
+        name = self._level.name
+        live = replace(pending, point=replace(pending.point, batches=tuple(items)))
+        parameters = {key: p.detach().clone() for key, p in self._level.parameters.items()}
+        others = tuple(seen for seen in self._level.loss.sees if seen != name)
+        graph = Reverse(live.problem(name, parameters, others))
+        self._pending = replace(pending, graph=graph)
+        return graph
+
+    def use_gradient(self, gradient: Tree) -> None:
+        """Notes the gradient itself, where it is not that of the loss alone."""
+        copied = {key: value.detach().clone() for key, value in gradient.items()}
+        self._pending = replace(self._step, gradient=copied)
+
+    def finish_step(self) -> None:
+        """Puts the step on the tape."""
+        self._steps.append(self._step)
+        self._count += 1
+        self._pending = None
+
+    def finish_turn(self, upper: str) -> None:
+        """Notes that a level above has had its turn."""
+        if upper in self._marks:
+            self._ended.add(upper)
+
+    def tape(self, uppers: Iterable[str]) -> Tape:
+        """The present loop of these levels, the longest of them."""
+        marks = [self._marks[upper] for upper in uppers if upper in self._marks]
+        begin = min(marks or self._marks.values())
+        is_whole = self._copied_at is not None and self._copied_at >= begin
+        first = self._count - len(self._steps)
+        start = max(begin, first, self._copied_at or 0)
+        initial = self._level.init_from if is_whole and start == self._copied_at else None
+        return Tape(self._level.name, tuple(self._steps[start - first :]), initial)
+
+    @property
+    def _step(self) -> TapeStep:
+        if self._pending is None:
+            raise RuntimeError("no step of the level was begun")
+        return self._pending
+
+    @property
+    def _keeps_iterate(self) -> bool:
+        """Whether the next step is one that keeps its iterate."""
+        if not self._steps or self._count in (*self._marks.values(), self._copied_at):
+            return True
+        every = self.recording.every
+        since = next(
+            n for n, step in enumerate(reversed(self._steps), 1) if step.before is not None
+        )
+        return every is not None and since >= every
+
+    def _forget(self) -> None:
+        """Drops the steps that no tape will hold, up to one that keeps its iterate."""
+        first = self._count - len(self._steps)
+        begin = min(self._marks.values(), default=self._count)
+        if self.recording.steps is not None:
+            begin = max(begin, self._count + 1 - self.recording.steps)
+        kept = [n for n, step in enumerate(self._steps) if step.before is not None]
+        kept.append(len(self._steps))
+        drop = max((n for n in kept if n <= begin - first), default=0)
+        del self._steps[:drop]
+
+    def _buffers(self) -> dict[Place, Tensor]:
+        copies: dict[int, Tensor] = {}
+        for slot in self._level.loss.buffers:
+            copies.setdefault(id(slot.tensor), slot.tensor.detach().clone())
+        return {slot.place: copies[id(slot.tensor)] for slot in self._level.loss.buffers}
