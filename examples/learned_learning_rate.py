@@ -13,7 +13,7 @@ are a function of the program's own, and there is a rate for each weight matrix 
 
 The table compares the accuracy on 797 other images, the mean over ten networks from initial
 weights that are new to all: with the best of six fixed rates without decay, chosen on the images
-that `rates` sees, and with what is learned. Twenty networks are trained to choose each rate.
+that `rates` sees, and with what is learned. Ten networks are trained to choose each rate.
 
     python examples/learned_learning_rate.py
 """
@@ -166,7 +166,7 @@ def experiment(seed: int, turns: int) -> tuple[list[float], dict[str, float]]:
     """One row of the table, and the rates learned."""
     digits = load(seed)
     first = 10**6 + 1000 * seed
-    choosing, testing = range(first, first + 20), range(first + 100, first + 110)
+    choosing, testing = range(first, first + 10), range(first + 100, first + 110)
 
     def models(rates: Mapping[str, float], decay: float, seeds: range) -> list[nn.Module]:
         return [fit(digits, s, rates, decay) for s in seeds]
@@ -221,7 +221,7 @@ def show(rows: dict[int, list[float]], rates: dict[str, float], turns: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--turns", type=int, default=120, help="of rates (default: 120)")
+    parser.add_argument("--turns", type=int, default=100, help="of rates (default: 100)")
     given = parser.parse_args()
     if given.seeds < 1 or given.turns < 1:
         parser.error("--seeds and --turns must be at least 1")

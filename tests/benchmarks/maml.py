@@ -60,16 +60,17 @@ def conv4(ways: int = 5, width: int = 64, *, double: bool = False) -> nn.Module:
 
 
 def few(method: str, *, tiny: bool = False, double: bool = False) -> Few:
-    """5 ways, 1 shot, 15 queries a class, 4 tasks at a time, as noise of Omniglot's shape.
+    """5 ways, 1 shot, 4 tasks at a time, as noise of Omniglot's shape.
 
     Args:
-        method: ``"maml"`` or ``"imaml"``.
+        method: ``"maml"`` or ``"imaml"``, with one query a class as in Finn's code for Omniglot, or
+            ``"maml15"`` with 15 as is usual elsewhere.
         tiny: two queries in all, and two tasks.
         double: in float64.
     """
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float64 if double else torch.float32
-    count, queries = (2, 2) if tiny else (4, 75)
+    count, queries = (2, 2) if tiny else (4, 75 if method == "maml15" else 5)
 
     def task() -> Task:
         return {

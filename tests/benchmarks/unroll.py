@@ -5,7 +5,8 @@
     python -m tests.benchmarks.unroll --curve --data DIR  # training curves, of two precisions
 
 ``maml`` and ``imaml``: 5 ways, 1 shot, 5 inner steps, four convolutions of 64 filters, 4 tasks at
-a time, as noise of Omniglot's shape. The hand-written loop takes one task after the other.
+a time, as noise of Omniglot's shape, with as many queries, or in ``maml15`` 15 a class: there the
+queries' own gradient needs more memory than the graph of the steps. The hand-written loop takes one task after the other.
 ``resnet``: per-sample weights through K steps of a ResNet-20. The hand-written loop keeps one graph
 through all of them. Time and memory are measured as in ``python -m tests.benchmarks``, except that
 with K = 50 a round has one tick of each side, and the peak is that of one tick. Before the timing
@@ -38,7 +39,7 @@ from tests.benchmarks.case import Side
 from tests.benchmarks.memory import measure_memory, report
 from tests.benchmarks.timing import Ratio, Times, interleave
 
-PARTS = ("maml", "imaml", "resnet1", "resnet50")
+PARTS = ("maml", "maml15", "imaml", "resnet1", "resnet50")
 SIDES = ("loop", "mlodeco", "keep_graph", "higher", "torchopt")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 WIDTH = 120
@@ -79,7 +80,7 @@ def make(part: str, side: str, *, tiny: bool = False, double: bool = False) -> S
         NotImplementedError: it has no such method.
         ImportError: it is not installed.
     """
-    if part in ("maml", "imaml"):
+    if "maml" in part:
         if part == "imaml" and side == "keep_graph":
             raise NotImplementedError
         return maml.SIDES[side](maml.few(part, tiny=tiny, double=double))
