@@ -26,7 +26,8 @@ from torch.optim import (
 
 import mlodeco
 from mlodeco import Program, Runner
-from mlodeco.calculus.update import Cotangent, Iterate, pull_back
+from mlodeco.calculus.update import Cotangent, Iterate
+from mlodeco.calculus.update_derivatives import pull_back
 from mlodeco.errors import MethodError, OptimizerError, SolverWarning
 from mlodeco.hypergrad import Identity, Sama
 from mlodeco.runtime.optimizers import next_update

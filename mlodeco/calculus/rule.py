@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlodeco.calculus.clipping import clip, clip_differentiably
+from mlodeco.calculus.clipping import clip
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.calculus.update import Iterate, Values
 from mlodeco.errors import OptimizerError, quoted
@@ -52,7 +52,7 @@ class Rule:
         Raises:
             OptimizerError: it returned something else than parameters and a state.
         """
-        return self._call(before, clip_differentiably(gradients, self.clip_norm), values)
+        return self._call(before, gradients, values)
 
     def carried(self, state: Mapping[str, Any]) -> Tree:
         """The floating point tensors in the state, by their paths."""

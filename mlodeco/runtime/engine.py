@@ -184,7 +184,7 @@ def _warn_of_idle_reads(
 ) -> None:
     """Warns of reads on some hypergradient's path that carry nothing."""
     for name in built.reads_on_paths(level.name):
-        if name in declared:
+        if name in declared or name in level.step_reads:
             continue
         through = [low for low in built.responds_below(level.name, name) if low in declared]
         if through and nested:
