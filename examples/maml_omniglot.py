@@ -327,7 +327,7 @@ def main() -> None:
     rows = {}
     for seed in range(FIRST_SEED, FIRST_SEED + given.seeds):
         if images is None:
-            setting = Setting(Divisions(seed), partial(small, seed), 0.4, 3e-3)
+            setting = Setting(Divisions(seed), partial(small, seed), 0.4, 1e-2)
         else:
             network = partial(conv4, seed, given.ways, given.width)
             setting = Setting(Omniglot(images, given.ways, given.shots), network, 0.4, 1e-3)

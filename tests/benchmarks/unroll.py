@@ -6,7 +6,8 @@
 
 ``maml`` and ``imaml``: 5 ways, 1 shot, 5 inner steps, four convolutions of 64 filters, 4 tasks at
 a time, as noise of Omniglot's shape, with as many queries, or in ``maml15`` 15 a class: there the
-queries' own gradient needs more memory than the graph of the steps. The hand-written loop takes one task after the other.
+queries' own gradient needs more memory than the graph of the steps. The hand-written loop takes one
+task after the other.
 ``resnet``: per-sample weights through K steps of a ResNet-20. The hand-written loop keeps one graph
 through all of them. Time and memory are measured as in ``python -m tests.benchmarks``, except that
 with K = 50 a round has one tick of each side, and the peak is that of one tick. Before the timing
