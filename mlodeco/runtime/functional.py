@@ -167,9 +167,8 @@ def _own_batches(level: BuiltLevel, given: Mapping[str, Any], steps: int | None)
         batch = given[level.name]
         if steps is None:
             return _micro_batches(level, batch)
-        _require_list(
-            level, batch, steps, f"{steps} batches, one a step (its inner_steps, or steps=)"
-        )
+        what = f"{steps} batches, one a step (its inner_steps, or steps=)"
+        _require_list(level, batch, steps, what)
         return tuple(micro for one in batch for micro in _micro_batches(level, one))
     count = size * (steps or 1)
     last = level.last_micro_batches(count)

@@ -16,8 +16,8 @@ from mlodeco.declare.records import UNSET
 from mlodeco.declare.registry import Registry
 from mlodeco.errors import RunError
 from mlodeco.runtime.build import BuiltLevel
-from mlodeco.runtime.engine import make_point, probe
-from mlodeco.runtime.functional import find_batches, muted_context, prepare, present_entropy
+from mlodeco.runtime.engine import make_point, muted_context, probe
+from mlodeco.runtime.functional import find_batches, prepare, present_entropy
 from mlodeco.runtime.loops import items_of, take_loops
 from mlodeco.runtime.modules import copy_into
 
