@@ -337,6 +337,13 @@ def test_truncation_is_checked(make, truncate):
         make(truncate=truncate)
 
 
+def test_forward_mode_has_a_limit_of_hyperparameters():
+    case = Reweighting(ADAM, 3)
+    with pytest.raises(MethodError, match="limit=10"):
+        case.hypergradient(UnrollForward(limit=10))
+    assert relative(case.hypergradient(UnrollForward(limit=24)), case.wanted()) < CLOSE
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -554,10 +561,10 @@ def test_two_lower_levels_one_unrolled_and_one_solved():
     assert error(found, total - reference.jacobian(g, [x]).T @ v) < CLOSE
 
 
-def test_forward_mode_is_refused_for_a_level_with_lower_levels():
-    case = Chain({"mid": UnrollForward(), "low": Unroll()}, Unroll())
-    with pytest.raises(MlodecoError, match="lower"):
-        case.found()
+def test_forward_mode_at_a_level_between_equals_reverse_mode():
+    found = Chain({"mid": UnrollForward(limit=1000), "low": Unroll()}, Unroll()).found()
+    wanted = Chain({"mid": Unroll(), "low": Unroll()}, Unroll()).found()
+    assert relative(found, wanted) < CLOSE
 
 
 @pytest.mark.parametrize("method", ["unroll", "unroll_forward"])
@@ -587,6 +594,13 @@ class Adaptation:
         self.query = samples(60, 10)
         self.init, self.model = (self.network(seed, norm) for seed in (1, 2))
         self.program = Program()
+
+        def task(model, batch):
+            return self.task_loss(model, batch, None)
+
+        def task_near(model, batch, init):
+            return self.task_loss(model, batch, init)
+
         self.program.level(
             "task",
             module=self.model,
@@ -596,7 +610,7 @@ class Adaptation:
             optimizer=optimizer,
             scheduler=scheduler,
             data=[samples(80 + t, 8) for t in range(5)],
-        )(lambda model, batch, init: self.task_loss(model, batch, init))
+        )(task_near if near else task)
         self.program.level(
             "init",
             lower=["task"],
@@ -802,7 +816,7 @@ def test_nothing_is_changed(method, after_run):
 
 
 @pytest.mark.parametrize("method", PURE)
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [1, 2, 4])
 def test_nothing_is_changed_by_a_loss_that_raises(at, method):
     calls = None
 
@@ -843,7 +857,7 @@ def test_a_run_is_not_disturbed():
 # random numbers
 
 
-@pytest.mark.parametrize("method", PURE)
+@pytest.mark.parametrize("method", ["plain", "checkpoints", "graphs", "forward"])
 def test_dropout_is_the_same_for_the_same_seed(method):
     case = Reweighting(ADAM, 4, model=noisy())
     torch.manual_seed(3)
@@ -986,8 +1000,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", RUNS)
+FEW = ("momentum", "adam", "asgd", "warmup_adam", "one_cycle", "micro_batches")
+RUNS_BY_METHOD = [
+    (name, method) for name in RUNS for method in METHODS if method == "plain" or name in FEW
+]
+
+
+@pytest.mark.parametrize(("name", "method"), RUNS_BY_METHOD)
 def test_in_a_run_the_steps_that_were_made(name, method):
     optimizer, options = RUNS[name]
     case = Reweighting(optimizer, 4, hypergrad=METHODS[method], **options)
@@ -1061,8 +1080,7 @@ def test_in_a_run_the_random_numbers_of_the_steps_are_drawn_again(method):
         h = {n: p - case.rate * wanted[n] for n, p in h.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "method"), RUNS_BY_METHOD)
 def test_after_a_run_its_parameters_and_its_state_are_the_start(name, method):
     optimizer, options = RUNS[name]
     case = Reweighting(optimizer, 4, **options)
@@ -1148,6 +1166,21 @@ def test_optimizers_without_a_derivative_are_refused(kind, method):
     assert "'low'" in str(found.value)
     with pytest.raises(OptimizerError, match=kind.__name__):
         mlodeco.run(3, program=case.program, progress="off")
+
+
+class Undifferentiable(SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize("method", ["unroll", "unroll_forward"])
+def test_a_step_without_gradients_is_refused_and_not_taken_as_constant(method):
+    case = Reweighting(partial(Undifferentiable, lr=0.1), 3)
+    with pytest.raises(OptimizerError, match="does not depend on the gradients"):
+        case.hypergradient(method)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

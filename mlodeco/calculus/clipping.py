@@ -45,11 +45,15 @@ def clip_rows_differentiably(gradients: Tree, bound: float | None, replicas: int
     """:func:`clip_differentiably`, for stacked gradients of each replica by itself."""
     if bound is None or replicas is None or not gradients:
         return clip_differentiably(gradients, bound)
-    is_short = [size <= bound for size in row_norms(gradients)]
+    is_short = [
+        size <= bound
+        for size in row_norms({key: value.detach() for key, value in gradients.items()})
+    ]
+    if all(is_short):
+        return gradients
     squares = [value.reshape(replicas, -1).square().sum(1) for value in gradients.values()]
     # one where it is not clipped, and where the root would have no derivative
-    some = next(iter(squares))
-    short = torch.tensor(is_short, device=some.device)
+    short = torch.tensor(is_short, device=squares[0].device)
     size = torch.stack(squares).sum(0).masked_fill(short, 1.0).sqrt()
     factors = (bound / (size + _EPS)).masked_fill(short, 1.0)
     return {

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer, Rprop
+from torch.optim import SGD, Adam, Optimizer
 
-from mlodeco.calculus.clipping import clip_rows, clip_rows_differentiably
+from mlodeco.calculus.clipping import clip_rows
 from mlodeco.calculus.interception import Interception
 from mlodeco.calculus.tuning import Tuning
 from mlodeco.calculus.update import SEPARATOR, Iterate, Values
-from mlodeco.errors import OptimizerError, SolverWarning
+from mlodeco.errors import OptimizerError
 from mlodeco.tree import Tree
 
 _PLAIN = {"differentiable": True, "foreach": False, "fused": None, "capturable": False}
@@ -80,7 +79,8 @@ class OptimizerStep:
         for key, copy in copies.items():
             copy.grad = clipped[key]
         after = self._step(groups, {copies[key]: known for key, known in state.items() if known})
-        return self._iterate(before, copies, after)
+        moved = {key: after[copy] for key, copy in copies.items() if copy in after}
+        return Iterate({**before.parameters, **copies}, {**before.state, **moved})
 
     def apply(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The step with its graph, in parameters, gradients, moments and tuned options.
@@ -89,19 +89,20 @@ class OptimizerStep:
             OptimizerError: the optimizer's step cannot be differentiated.
         """
         self._require_differentiable()
-        clipped = clip_rows_differentiably(gradients, self.clip_norm, self.replicas)
         tuned = self.tuning.tensors(values) if self.tuning else {}
-        copies = {key: before.parameters[key].clone() for key in self._stepped(clipped)}
+        copies = {key: before.parameters[key].clone() for key in self._stepped(gradients)}
+        resting = self._at_rest
+        clones = {key: copy.grad_fn for key, copy in copies.items()}
         groups: list[dict[str, Any]] = []
         state: dict[Tensor, dict[str, Any]] = {}
         for group in self.groups:
             plain = {name: value for name, value in _PLAIN.items() if name in group.options}
-            for key in group.keys:
-                if key not in copies:
-                    continue
+            for key in (key for key in group.keys if key in copies):
                 copy = copies[key]
-                copy.grad = clipped[key]
+                copy.grad = gradients[key].clone()  # a tuned weight decay is added in place
                 options = {**group.options, **tuned, **plain, "params": [copy]}
+                if key in resting:
+                    options["lr"] = 1.0  # for the state; the parameter stays
                 known = _widened(before.state.get(key, {}))
                 if issubclass(self.kind, SGD) and known.get("momentum_buffer") is None:
                     # torch takes the first gradient as the buffer, detached: the same from zeros
@@ -111,10 +112,11 @@ class OptimizerStep:
                     state[copy] = known
                 groups.append(options)
         after = self._step(groups, state)
-        found = self._iterate(before, copies, after)
-        if copies and not any(copy.requires_grad for copy in copies.values()):
+        if any(clones.values()) and all(copies[key].grad_fn is f for key, f in clones.items()):
             raise self._refusal("its step does not depend on the gradients, as under no_grad")
-        return found
+        moved = {key: after[copy] for key, copy in copies.items() if copy in after}
+        stayed = {key: before.parameters[key] for key in resting}
+        return Iterate({**before.parameters, **copies, **stayed}, {**before.state, **moved})
 
     def carried(self, state: Mapping[str, Any]) -> Tree:
         """The moments: floating point tensors other than counts of steps."""
@@ -132,25 +134,19 @@ class OptimizerStep:
             for key, known in state.items()
         }
 
-    def warn_if_flat(self) -> None:
-        """Warns of an optimizer whose step has the derivative zero."""
-        if issubclass(self.kind, Rprop):
-            warnings.warn(
-                f"level {self.level!r} ({self.site}): Rprop steps by the sign of the gradient, so "
-                "that the derivative of its step is zero. Remedy: use another optimizer, or a "
-                "method that does not differentiate the step.",
-                SolverWarning,
-                stacklevel=2,
-            )
-
     def _stepped(self, gradients: Tree) -> Iterable[str]:
         return [key for group in self.groups for key in group.keys if key in gradients]
 
-    def _iterate(
-        self, before: Iterate, copies: Tree, after: Mapping[Tensor, dict[str, Any]]
-    ) -> Iterate:
-        moved = {key: after[copy] for key, copy in copies.items() if copy in after}
-        return Iterate({**before.parameters, **copies}, {**before.state, **moved})
+    @property
+    def _at_rest(self) -> tuple[str, ...]:
+        """Parameters at a learning rate of zero, where an optimizer divides by it."""
+        rates = self.groups if issubclass(self.kind, Adam) else ()
+        return tuple(
+            key
+            for group in rates
+            if not isinstance(group.options["lr"], Tensor) and group.options["lr"] == 0.0
+            for key in group.keys
+        )
 
     def _step(
         self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlodeco.calculus.clipping import clip, clip_differentiably
+from mlodeco.calculus.clipping import clip
 from mlodeco.calculus.copies import row
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.calculus.update import Iterate, Values
@@ -30,6 +30,7 @@ class Rule:
     function: StatelessLoss
     takes: tuple[str, ...]
     clip_norm: float | None = None
+    replicas: None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ class Rule:
         Raises:
             OptimizerError: it returned something else than parameters and a state.
         """
-        return self._call(before, clip_differentiably(gradients, self.clip_norm), values)
+        return self._call(before, gradients, values)
 
     def carried(self, state: Mapping[str, Any]) -> Tree:
         """The floating point tensors in the state, by their paths."""
@@ -146,6 +147,16 @@ class RuleOfEach:
     def reads(self) -> tuple[str, ...]:
         """The levels whose parameters the rule sees."""
         return self.rule.reads
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The largest norm of the gradient, of each replica's by itself."""
+        return self.rule.clip_norm
+
+    @property
+    def replicas(self) -> int | None:
+        """Of how many replicas the level's own parameters are stacked."""
+        return self.count if self.is_own else None
 
     @property
     def is_own(self) -> bool:

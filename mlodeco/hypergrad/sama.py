@@ -8,7 +8,8 @@ from typing import ClassVar
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import first_gradient, open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.calculus.update import Cotangent, Iterate, pull_back
+from mlodeco.calculus.update import Cotangent, Iterate
+from mlodeco.calculus.update_derivatives import pull_back
 from mlodeco.errors import OptimizerError
 from mlodeco.hypergrad.options import Options, check_number, check_product
 from mlodeco.tree import Tree, is_zero, scale, zeros_like

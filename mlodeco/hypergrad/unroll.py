@@ -9,7 +9,8 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import LINEARIZATIONS, Cross, open_linearization
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
-from mlodeco.calculus.update import Cotangent, Iterate, pull_back
+from mlodeco.calculus.update import Cotangent, Iterate
+from mlodeco.calculus.update_derivatives import pull_back
 from mlodeco.errors import MethodError
 from mlodeco.hypergrad.options import Options, check_count, check_flag, check_product
 from mlodeco.tree import Tree, add, scale

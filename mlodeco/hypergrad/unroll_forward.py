@@ -13,11 +13,12 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import Cross, first_gradient, push_gradient
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.tape import Recording, TapeStep
-from mlodeco.calculus.update import Cotangent, Iterate, Tangent, push_forward
+from mlodeco.calculus.update import Cotangent, Iterate, Tangent
+from mlodeco.calculus.update_derivatives import push_forward
 from mlodeco.errors import MethodError
 from mlodeco.hypergrad.options import Options, check_count
 from mlodeco.hypergrad.unroll import require_tape
-from mlodeco.tree import Tree, dot
+from mlodeco.tree import Tree, dot, restrict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class UnrollForward(Options):
         truncate: the last steps to differentiate; those before are constants. None for all.
         limit: refuse more entries than this.
 
-    For levels without lower levels, and operations with a forward rule.
+    For operations with a forward rule. The lower levels of a level between others are
+    hyperparameters too, each of whose entries costs a pass.
 
     Reference:
         Franceschi et al. 2017, arXiv:1703.01785.
@@ -65,8 +67,7 @@ class UnrollForward(Options):
         """Goes along the tape.
 
         Raises:
-            MethodError: there is no tape, more than ``limit`` entries, or a level with lower
-                levels.
+            MethodError: there is no tape, or more than ``limit`` entries.
             OptimizerError: the optimizer's step cannot be differentiated.
         """
         tape = require_tape(self, problem, self.truncate)
@@ -76,8 +77,9 @@ class UnrollForward(Options):
             like = {key: t[0] for key, t in own.items()} if tape.is_stacked else own
             values[tape.initial] = problem.point.values.get(tape.initial, like)
         entries = self._entries({name: values[name] for name in problem.wanted})
+        own = problem.parameters
         tangents = [
-            Cotangent(tape.from_initial(unit) if target == tape.initial else {})
+            Cotangent(tape.from_initial(restrict(unit, own)) if target == tape.initial else {})
             for target, unit in entries
         ]
         count = 0
@@ -126,11 +128,12 @@ def _push(
     level, seen = problem.level, step.point.loss.sees
     inner = step.problem(level, before.parameters)
     gradient = first_gradient(inner) if step.gradient is None else step.gradient
-    reads = tuple(name for name in step.update.reads if name in problem.wanted)
-    moves: list[Tangent] = []
+    values = step.point.values
+    pushed: list[Cotangent] = []
     for (target, unit), tangent in zip(entries, tangents, strict=True):
         along = {target: unit} if target in seen else {}
         slope = push_gradient(inner, {**along, level: tangent.parameters})
-        own = {target: unit} if target in reads else {}
-        moves.append(Tangent(tangent.parameters, tangent.state, slope, own))
-    return push_forward(step.update, before, gradient, step.point.values, reads, moves)
+        own = {target: unit} if target in step.update.reads else {}
+        move = Tangent(tangent.parameters, tangent.state, slope, own)
+        pushed.append(push_forward(step.update, before, gradient, values, move))
+    return pushed

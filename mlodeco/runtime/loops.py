@@ -19,12 +19,16 @@ from mlodeco.calculus.stateless import frozen
 from mlodeco.calculus.tape import Recording, Tape
 from mlodeco.calculus.update import Iterate, Update
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import items_for
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.optimizers import (
     fresh_state,
     make_optimizer,
     make_scheduler,
     read_state,
     read_step,
+    warn_if_flat,
 )
 from mlodeco.tree import Tree
 
@@ -104,19 +108,19 @@ def updates_of(built: Build, name: str, count: int) -> list[Update]:
     if (rule := level.rule) is not None:
         return [rule] * count
     optimizer = _optimizer(level)
+    warn_if_flat(level, optimizer)
     scheduler = level.scheduler if level.optimizer else make_scheduler(level, optimizer)
     if scheduler is None:
         return [read_step(level, optimizer)] * count
-    ahead, stepping = _copied(optimizer, scheduler)
+    ahead, stepping = _ahead(optimizer, scheduler)
     found: list[Update] = []
     for _ in range(count):
         found.append(read_step(level, ahead))
-        ahead._opt_called = True  # type: ignore[attr-defined]  # else the scheduler warns
         stepping.step()
     return found
 
 
-def _copied(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Optimizer, LRScheduler]:
+def _ahead(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Optimizer, LRScheduler]:
     """Both with options of their own, and the same parameters and state."""
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     tensors += [
@@ -125,7 +129,24 @@ def _copied(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Optimizer, LR
         for value in state.values()
         if isinstance(value, Tensor)
     ]
-    return copy.deepcopy((optimizer, scheduler), {id(tensor): tensor for tensor in tensors})
+    ahead, stepping = copy.deepcopy((optimizer, scheduler), {id(t): t for t in tensors})
+    # what the scheduler would else warn of: that nobody calls the copy's step
+    vars(ahead).update(step=_never_called, _opt_called=True)
+    return ahead, stepping
+
+
+def _never_called() -> None:
+    """Stands for the step of an optimizer that is looked at alone."""
+
+
+vars(_never_called)["_wrapped_by_lr_sched"] = True
+
+
+def items_of(
+    level: BuiltLevel, drawn: tuple[Drawn, ...], ctx: Context
+) -> tuple[dict[str, Any], ...]:
+    """The items of a level's function for each micro-batch of a step."""
+    return tuple(items_for(level, one, ctx) for one in drawn)
 
 
 def take_loops(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer, Rprop
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.update import Update
-from mlodeco.errors import OptimizerError, did_you_mean, quoted
+from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.notes import noted
 
@@ -70,9 +71,20 @@ def next_update(level: BuiltLevel) -> tuple[Update, Mapping[str, Any]]:
     if level.rule is not None:
         return level.rule, level.rule_state
     optimizer = level.optimizer or make_optimizer(level, wanted_by)
-    step = read_step(level, optimizer)
-    step.warn_if_flat()
-    return step, read_state(level, optimizer)
+    warn_if_flat(level, optimizer)
+    return read_step(level, optimizer), read_state(level, optimizer)
+
+
+def warn_if_flat(level: BuiltLevel, optimizer: Optimizer | None) -> None:
+    """Warns of an optimizer whose step has the derivative zero."""
+    if isinstance(optimizer, Rprop):
+        warnings.warn(
+            f"level {level.name!r} ({level.site}): Rprop steps by the sign of the gradient, so "
+            "that the derivative of its step is zero. Remedy: use another optimizer, or a "
+            "method that does not differentiate the step.",
+            SolverWarning,
+            stacklevel=3,
+        )
 
 
 def read_step(level: BuiltLevel, optimizer: Optimizer) -> OptimizerStep:
@@ -114,10 +126,12 @@ def read_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, A
 
 def fresh_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """What such an optimizer keeps before its first step: nothing, for most."""
-    again: Any = type(optimizer)
+    make: Any = type(optimizer)
     try:
-        fresh = again([dict(group) for group in optimizer.param_groups])
-    except (TypeError, ValueError):  # one that is not made from groups alone
+        known = inspect.signature(make).parameters
+        options = {name: v for name, v in optimizer.defaults.items() if name in known}
+        fresh = make([dict(group) for group in optimizer.param_groups], **options)
+    except (TypeError, ValueError):  # a class of a user's own, made in another way
         return {}
     return read_state(level, fresh)
 

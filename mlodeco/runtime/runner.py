@@ -41,6 +41,7 @@ from mlodeco.runtime.history import (
 )
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.loops import recordings, unrolled_edges
+from mlodeco.runtime.optimizers import warn_if_flat
 from mlodeco.runtime.recorder import Copies, Recorder
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Sources
@@ -168,6 +169,7 @@ class Runner:
         found: dict[str, Recorder] = {}
         for name, recording in recordings(self.built, self.built.methods).items():
             level = self.built.levels[name]
+            warn_if_flat(level, self._trainers[name].optimizer)
             level.recent = deque(level.recent, maxlen=level.declaration.inner_steps)
             found[name] = Recorder(self.built, self._trainers[name], recording, copies)
         return found

@@ -27,15 +27,16 @@ TICKS = 3
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384"}
 
 
-def measure_memory(*arguments: str) -> float | None:
+def measure_memory(*arguments: str, program: str = "tests.benchmarks.memory") -> float | None:
     """Megabytes above setup, or None where the system does not tell.
 
     Args:
         arguments: ``side workload method``, or ``product workload mode``.
+        program: another module that ends with ``report``, with arguments of its own.
     """
     if not STATUS.exists():
         return None
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.memory", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", program, *arguments]
     environment = os.environ | GIVE_BACK
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -49,10 +50,14 @@ def main(kind: str, workload: str, what: str) -> None:
     """Prints the megabytes of one side."""
     torch.set_num_threads(1)
     prepare = _product if kind == "product" else _side
-    call = prepare(kind, workload, what)
+    report(prepare(kind, workload, what), TICKS)
+
+
+def report(call: Callable[[], object], count: int) -> None:
+    """Prints the megabytes that so many calls need above what there is now."""
     CLEAR.write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    for _ in range(TICKS):
+    for _ in range(count):
         call()
     print((_status("VmHWM") - before) / 1024)
 

@@ -24,7 +24,7 @@ class UnsupportedError(Exception):
     """The library has no such method."""
 
 
-class _Pure(nn.Module):
+class Pure(nn.Module):
     """A loss as a function of lists of parameters."""
 
     def __init__(self, loss: Loss, case: Case, *, own_first: bool) -> None:
@@ -49,8 +49,8 @@ class _Functional(Ticks):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.lower_loss = _Pure(case.lower_loss, case, own_first=True)
-        self.upper_loss = _Pure(case.upper_loss, case, own_first=False)
+        self.lower_loss = Pure(case.lower_loss, case, own_first=True)
+        self.upper_loss = Pure(case.upper_loss, case, own_first=False)
 
     def lower_gradient(self) -> Tensors:
         loss = self.case.lower_loss(self.case.lower, self.lower_batch, self.case.upper)

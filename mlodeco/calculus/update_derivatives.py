@@ -1,0 +1,195 @@
+"""The derivatives of one update, in reverse and in forward mode: elementwise for optimizers.
+
+Where a gradient is exactly zero, the root in Adam and its kin has no derivative, and autograd
+gives NaN: there derivatives in gradient and state are zero, and those in the parameter one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mlodeco.calculus.clipping import clip_rows_differentiably
+from mlodeco.calculus.stateless import gradient, live
+from mlodeco.calculus.update import SEPARATOR, Cotangent, Iterate, Pulled, Tangent, Update, Values
+from mlodeco.tree import Tree
+
+Entry = tuple[str, str]
+"""The name of a tree, and that of a tensor in it."""
+
+_READ = "read "
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """The arguments of an update, the gradient clipped."""
+
+    parameters: Tree
+    gradients: Tree
+    state: Tree
+    reads: dict[str, Tree]
+
+    def entries(self, *, only_reads: bool = False) -> dict[Entry, Tensor]:
+        """Their tensors by tree and name."""
+        trees = {} if only_reads else {"w": self.parameters, "g": self.gradients, "s": self.state}
+        trees |= {_READ + level: tree for level, tree in self.reads.items()}
+        return {(name, key): t for name, tree in trees.items() for key, t in tree.items()}
+
+
+def _outputs(
+    update: Update, before: Iterate, arguments: _Arguments, values: Values
+) -> dict[Entry, Tensor]:
+    """W' and s' under ("w", key) and ("s", key)."""
+    start = Iterate(arguments.parameters, update.with_carried(before.state, arguments.state))
+    after = update.apply(start, arguments.gradients, {**values, **arguments.reads})
+    outputs = {("w", key): t for key, t in after.parameters.items()}
+    return outputs | {("s", key): t for key, t in update.carried(after.state).items()}
+
+
+def pull_back(
+    update: Update,
+    before: Iterate,
+    gradients: Tree,
+    values: Values,
+    cotangent: Cotangent,
+    reads: tuple[str, ...] = (),
+) -> Pulled:
+    """The cotangent before an update, from that behind it: one vjp.
+
+    Args:
+        update: the update.
+        before: the iterate that it started from.
+        gradients: its gradient; without a key for parameters that no loss touched.
+        values: the parameters of the levels that the update reads.
+        cotangent: that of the iterate behind it.
+        reads: those of ``update.reads`` whose cotangents are wanted.
+
+    Raises:
+        OptimizerError: the update cannot be differentiated.
+    """
+
+    def differentiate(cotangent: Cotangent, *, only_reads: bool) -> dict[Entry, Tensor]:
+        arguments = _Arguments(
+            live(before.parameters),
+            live(clipped),
+            live(update.carried(before.state)),
+            {level: live(values[level]) for level in reads},
+        )
+        outputs = _outputs(update, before, arguments, values)
+        return _vjp(arguments.entries(only_reads=only_reads), outputs, cotangent)
+
+    with torch.enable_grad():
+        leaves = live(gradients)
+        clipped = clip_rows_differentiably(leaves, update.clip_norm, update.replicas)
+        found = differentiate(cotangent, only_reads=False)
+        if any(bool(t.isnan().any()) for (name, _), t in found.items() if name.startswith(_READ)):
+            # a root at zero makes a sum over all entries NaN: those entries are left out
+            found |= differentiate(_without_idle(cotangent, gradients), only_reads=True)
+        trees: dict[str, Tree] = {}
+        for entry, value in found.items():
+            name, key = entry
+            mended = _mended(value, entry, gradients, cotangent.parameters)
+            trees.setdefault(name, {})[key] = mended
+        pulled = trees.get("g", {})
+        if pulled and clipped is not leaves:
+            pulled = gradient([clipped[key] for key in pulled], leaves, list(pulled.values()))
+    return Pulled(
+        Cotangent(trees.get("w", {}), trees.get("s", {})),
+        pulled,
+        {level: trees.get(_READ + level, {}) for level in reads},
+    )
+
+
+def push_forward(
+    update: Update,
+    before: Iterate,
+    gradients: Tree,
+    values: Values,
+    tangent: Tangent,
+) -> Cotangent:
+    """The tangent of the iterate behind an update, from that before it: by dual numbers.
+
+    Args:
+        update: the update.
+        before: the iterate that it started from.
+        gradients: its gradient.
+        values: the parameters of the levels that the update reads.
+        tangent: the direction in which all of these move.
+
+    Raises:
+        OptimizerError: the update cannot be differentiated.
+    """
+    with torch.enable_grad(), forward_ad.dual_level():
+        # live as well: optimizers take another way for options that require gradients
+        arguments = _Arguments(
+            _duals(before.parameters, tangent.parameters),
+            clip_rows_differentiably(
+                _duals(gradients, tangent.gradients), update.clip_norm, update.replicas
+            ),
+            _duals(update.carried(before.state), tangent.state),
+            {level: _duals(values[level], tree) for level, tree in tangent.reads.items()},
+        )
+        outputs = _outputs(update, before, arguments, values)
+        trees: dict[str, Tree] = {"w": {}, "s": {}}
+        for (name, key), value in outputs.items():
+            pushed = forward_ad.unpack_dual(value).tangent
+            if pushed is not None:
+                mended = _mended(pushed.detach(), (name, key), gradients, tangent.parameters)
+                trees[name][key] = mended
+    return Cotangent(trees["w"], trees["s"])
+
+
+def _duals(tree: Tree, tangent: Tree) -> Tree:
+    return {
+        key: forward_ad.make_dual(value, tangent[key]) if key in tangent else value
+        for key, value in live(tree).items()
+    }
+
+
+def _vjp(
+    inputs: Mapping[Entry, Tensor], outputs: Mapping[Entry, Tensor], cotangent: Cotangent
+) -> dict[Entry, Tensor]:
+    weights = {("w", key): t for key, t in cotangent.parameters.items()}
+    weights |= {("s", key): t for key, t in cotangent.state.items()}
+    moved = [name for name in outputs if name in weights and outputs[name].requires_grad]
+    if not moved:
+        return {}
+    return gradient([outputs[n] for n in moved], inputs, [weights[n] for n in moved])
+
+
+def _gradient_of(entry: Entry, gradients: Tree, value: Tensor) -> Tensor | None:
+    """The gradient of the parameter to which an entry belongs."""
+    name, key = entry
+    if name.startswith(_READ):
+        return None
+    g = gradients.get(key.partition(SEPARATOR)[0] if name == "s" else key)
+    return g if g is not None and g.shape == value.shape else None
+
+
+def _mended(value: Tensor, entry: Entry, gradients: Tree, through: Tree) -> Tensor:
+    """An entry without the NaN of roots at zero; ``through`` passes the parameters by."""
+    g = _gradient_of(entry, gradients, value)
+    if g is None:
+        return value
+    lost = value.isnan() & (g == 0)
+    name, key = entry
+    if name == "w" and key in through:
+        return torch.where(lost, through[key], value)
+    return value.masked_fill(lost, 0.0)
+
+
+def _without_idle(cotangent: Cotangent, gradients: Tree) -> Cotangent:
+    """Zeros where the gradient is exactly zero."""
+
+    def cut(name: str, tree: Tree) -> Tree:
+        found: Tree = {}
+        for key, value in tree.items():
+            g = _gradient_of((name, key), gradients, value)
+            found[key] = value if g is None else value.masked_fill(g == 0, 0.0)
+        return found
+
+    return Cotangent(cut("w", cotangent.parameters), cut("s", cotangent.state))
