@@ -88,7 +88,10 @@ def compute_hypergradient(
         if loops:
             wanted = recordings(built, chosen, top)
             items = {
-                name: [items_of(built.levels[name], drawn, contexts[name]) for drawn in loop]
+                name: [
+                    items_of(built.levels[name], drawn, contexts[name], points[name].copies)
+                    for drawn in loop
+                ]
                 for name, loop in loops.items()
             }
             tapes, buffers = take_loops(built, items, wanted, points)
