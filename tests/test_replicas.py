@@ -371,5 +371,418 @@ def test_groups_by_name_and_schedules():
     with_data(program, stream(LOOPS), stream(QUERIES), "init")
     mlodeco.run(3, program=program, progress="off")
     stacked = program.built.levels["low"].parameters
-    assert all(p.shape[0] == T for p in stacked.values())
-    assert all(p.shape[0] != T or p.dim() < 2 for p in program.module("low").parameters())
+    own = dict(program.module("low").named_parameters())
+    assert all(p.shape == (T, *own[n].shape) for n, p in stacked.items())
+
+
+# random numbers
+
+
+def dropped(replicas, hypergrad="unroll"):
+    """A loss with dropout in its inputs, whose masks are kept."""
+    program, masks = Program(), []
+
+    @program.level(
+        "low",
+        module={"w": randn(40, seed=1)},
+        optimizer=partial(SGD, lr=0.1, momentum=0.5),
+        inner_steps=3,
+        replicas=replicas,
+        data=[randn(T, 40, seed=2)],
+    )
+    def low(m, batch, top):
+        mask = nn.functional.dropout(torch.ones(40))
+        masks.append(mask.detach())
+        return ((m.w * mask - batch) ** 2 * top.x.exp()).sum() / 2
+
+    @program.level(
+        "top",
+        lower=["low"],
+        module={"x": 0.1 * randn(40, seed=3)},
+        hypergrad=hypergrad,
+        optimizer=partial(SGD, lr=0.0),
+        data=[torch.zeros(T, 1)],
+    )
+    def top(h, batch, low):
+        return ((low.w - 1) ** 2).sum() + (h.x**2).sum()
+
+    return program, masks
+
+
+def test_replicas_see_different_masks():
+    program, masks = dropped(T)
+    mlodeco.run(3, program=program, progress="off", seed=0)
+    different = {tuple(mask.tolist()) for mask in masks}
+    # one a step and replica, and that of the first look
+    assert 9 <= len(different) <= 10
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["unroll", "kept", "checkpoints", "forward"])
+def test_products_see_the_masks_of_the_steps(method, way):
+    program, _ = dropped(WAYS[way], METHODS[method])
+    batches = {"low": [randn(T, 40, seed=6 + s) for s in range(3)], "top": torch.zeros(T, 1)}
+    direction = randn(40, seed=9)
+    x = program.module("top").x
+
+    def value(shift):
+        """The upper loss behind the loop, by the hypergradient's own pass."""
+        losses = []
+        with torch.no_grad():
+            x.add_(shift * direction)
+        inner = program.levels["top"].function
+
+        def spy(h, batch, low):
+            loss = inner(h, batch, low)
+            losses.append(loss)
+            return loss
+
+        spied, _ = dropped(WAYS[way], METHODS[method])
+        object.__setattr__(spied.levels["top"], "function", spy)
+        with torch.no_grad():
+            spied.module("top").x.copy_(x)
+            x.sub_(shift * direction)
+        mlodeco.hypergradient("top", program=spied, batches=batches)
+        if WAYS[way].way == "loop":
+            return float(sum(losses[-T:]).detach()) / T
+        return None
+
+    torch.manual_seed(0)
+    found = mlodeco.hypergradient("top", program=program, batches=batches)["x"]
+    if WAYS[way].way == "loop":
+        size = 1e-5
+        slope = (value(size) - value(-size)) / (2 * size)
+        assert float(found @ direction) == pytest.approx(slope, rel=1e-6)
+    again = mlodeco.hypergradient("top", program=program, batches=batches)["x"]
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_unrolled_methods_agree_on_the_masks_of_a_run(way):
+    ends = []
+    for method in ("unroll", "kept", "checkpoints", "forward"):
+        found = []
+        program, _ = dropped(WAYS[way], METHODS[method])
+        program.on("hypergradient", level="top")(
+            lambda grads, found=found: found.append(grads["x"].clone())
+        )
+        mlodeco.run(6, program=program, progress="off", seed=0)
+        ends.append(found)
+    for others in ends[1:]:
+        for one, other in zip(ends[0], others, strict=True):
+            assert torch.allclose(one, other, rtol=1e-9)
+
+
+# what is refused, and what is done instead
+
+
+def small(replicas, function, **more):
+    program = Program()
+    program.level(
+        "low",
+        module=more.pop("module", {"w": torch.ones(2)}),
+        optimizer=partial(SGD, lr=0.1),
+        replicas=replicas,
+        data=more.pop("data", [randn(T, 2, seed=1)]),
+        **more,
+    )(function)
+    return program
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_leading_dimension_is_refused(count, way):
+    program = small(WAYS[way], lambda m, batch: (m.w * batch["x"]).sum())
+    wrong = {"low": {"x": randn(count, 2)}}
+    with pytest.raises(DataError, match="first dimension 3") as found:
+        mlodeco.hypergradient("low", program=program, batches=wrong)
+    assert f"'batch' has a tensor of shape ({count}, 2)" in str(found.value)
+    assert found.value.level == "low"
+
+
+def test_items_of_levels_above_are_checked_too():
+    program = maml(T)
+    batches = {"low": [stack([SUPPORT[r][0] for r in range(T)])] * 3, "init": task(1)}
+    with pytest.raises(DataError) as found:
+        mlodeco.hypergradient("init", program=program, batches=batches)
+    assert found.value.level == "init"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_no_dimensions_goes_to_every_replica(way):
+    def low(m, batch):
+        scale, name, x, nested = batch["scale"], batch["name"], batch["x"], batch["more"][0]
+        assert name == "task"
+        assert x.shape == (2,)
+        assert scale.dim() == 0
+        return (scale * m.w * x * nested).sum()
+
+    program = small(WAYS[way], low)
+    x, more = randn(T, 2), randn(T, 2, seed=4)
+    batch = {"scale": torch.tensor(2.0), "name": "task", "x": x, "more": [more, None]}
+    found = mlodeco.hypergradient("low", program=program, batches={"low": batch})
+    assert torch.allclose(found["w"], 2 * x * more)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_items_without_tensors(way):
+    program = small(WAYS[way], lambda m, batch: batch * (m.w**2).sum())
+    found = mlodeco.hypergradient("low", program=program, batches={"low": 3})
+    assert torch.allclose(found["w"], torch.full((T, 2), 6.0))
+
+
+def branching(m, batch):
+    return (m.w * batch).sum() if batch.sum() > 0 else (m.w**2 * batch).sum()
+
+
+def batch_normed():
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+UNBATCHED = {
+    "branch": ({"w": torch.ones(2)}, branching, randn(T, 2, seed=1)),
+    "norm": (batch_normed, lambda m, batch: m(batch).square().mean(), randn(T, 5, 2, seed=1)),
+}
+
+
+@pytest.mark.parametrize("case", UNBATCHED)
+def test_what_cannot_be_vmapped_is_refused(case):
+    module, function, batch = UNBATCHED[case]
+    program = small(Replicas(T, "vmap"), function, module=module, data=[batch])
+    with pytest.raises(MethodError, match="cannot be vmapped") as found:
+        mlodeco.run(1, program=program, progress="off")
+    assert found.value.level == "low"
+    assert "way='loop'" in str(found.value)
+    assert "track_running_stats=False" in str(found.value)
+
+
+@pytest.mark.parametrize("case", UNBATCHED)
+def test_auto_takes_the_loop_where_vmap_cannot(case, monkeypatch):
+    module, function, batch = UNBATCHED[case]
+    monkeypatch.setattr("mlodeco.runtime.replicas.prefers_vmap", lambda tensor: True)
+    program = small(Replicas(T, "auto"), function, module=module, data=[batch])
+    with pytest.warns(FallbackWarning, match="cannot be vmapped") as found:
+        mlodeco.run(3, program=program, progress="off", seed=0)
+    assert len([w for w in found if issubclass(w.category, FallbackWarning)]) == 1
+    other = small(Replicas(T, "loop"), function, module=module, data=[batch])
+    mlodeco.run(3, program=other, progress="off", seed=0)
+    for key, value in other.built.levels["low"].parameters.items():
+        assert value.shape == program.built.levels["low"].parameters[key].shape
+
+
+def test_auto_is_the_loop_on_a_cpu():
+    program = small(T, branching)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mlodeco.run(2, program=program, progress="off")
+
+
+def test_a_mistake_of_the_function_is_not_blamed_on_vmap():
+    def low(m, batch):
+        raise KeyError("typo")
+
+    program = small(Replicas(T, "vmap"), low)
+    with pytest.raises(KeyError, match="typo"):
+        mlodeco.run(1, program=program, progress="off")
+
+
+def test_different_numbers_are_refused():
+    program = Program()
+    for name, count in (("one", 2), ("other", 3)):
+        program.level(name, module={"w": torch.ones(2)}, replicas=count)(
+            lambda m, batch: (m.w * batch).sum()
+        )
+
+    @program.level("top", lower=["one", "other"], module={"x": torch.ones(2)})
+    def top(h, one, other):
+        return (h.x * one.w * other.w).sum()
+
+    with pytest.raises(GraphError, match="different numbers of replicas"):
+        program.module("top")
+
+
+def test_optimizers_that_mix_entries_are_refused():
+    program = small(T, lambda m, batch: (m.w * batch).sum())
+    object.__setattr__(program.levels["low"], "optimizer", torch.optim.Adafactor)
+    with pytest.raises(OptimizerError, match="Adafactor"):
+        mlodeco.run(1, program=program, progress="off")
+
+
+def test_nested_responses_are_refused():
+    batches = {"low": SUPPORT[0][0], "top": QUERY[0]}
+    with pytest.raises(GraphError, match="nested"):
+        mlodeco.hypergradient("top", program=reading(T, CG()), batches=batches, nested=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_changed(name, way):
+    program = reading(WAYS[way], METHODS[name])
+    level = program.module("low"), program.module("top")
+    stacked = program.built.levels["low"].parameters
+    parameters = [p for module in level for p in module.parameters()] + list(stacked.values())
+    before = [(p, p.data_ptr(), p.detach().clone()) for p in parameters]
+    rng = torch.get_rng_state()
+    rolled = name in UNROLLED
+    steps = [stack([SUPPORT[r][s] for r in range(T)]) for s in range(3)]
+    batches = {"low": steps if rolled else steps[0], "top": stack(QUERY)}
+    mlodeco.hypergradient("top", program=program, batches=batches)
+    assert torch.equal(rng, torch.get_rng_state())
+    for p, place, value in before:
+        assert p.data_ptr() == place
+        assert torch.equal(p, value)
+        assert p.grad is None
+    assert [p for module in level for p in module.parameters()] == parameters[: -len(stacked)]
+
+
+def test_after_an_error_in_a_replica_the_module_is_whole():
+    calls = []
+
+    def low(m, batch):
+        calls.append(1)
+        if len(calls) == 6:
+            raise ValueError("no")
+        return (m.w * batch).sum()
+
+    program = small(T, low)
+    module = program.module("low")
+    before = module.w
+    with pytest.raises(ValueError, match="no"):
+        mlodeco.run(3, program=program, progress="off")
+    assert module.w is before
+    assert isinstance(module.w, nn.Parameter)
+    assert torch.equal(module.w, program.built.levels["low"].parameters["w"][0])
+
+
+# levels between, rules, products together
+
+
+def test_a_level_between_reads_replicas():
+    def chain(replicas, support, middle, batch):
+        program = Program()
+
+        @program.level("low", module={"w": randn(3, seed=1)}, replicas=replicas)
+        def low(m, batch, mid):
+            return ((m.w - batch * mid.y) ** 2).sum() / 2 + (m.w**4).sum() / 4
+
+        @program.level("mid", lower=["low"], module={"y": randn(3, seed=2)}, hypergrad="dense")
+        def mid(m, batch, low, top):
+            return ((low.w * m.y - batch) ** 2).sum() / 2 + (m.y**2 * top.x.exp()).sum()
+
+        @program.level("top", lower=["mid"], module={"x": randn(3, seed=3)}, hypergrad="dense")
+        def top(h, batch, mid):
+            return ((mid.y - batch) ** 2).sum() + (h.x**2).sum()
+
+        batches = {"low": support, "mid": middle, "top": batch}
+        return mlodeco.hypergradient("top", program=program, batches=batches)
+
+    support, middle, batch = randn(T, 3, seed=4), randn(T, 3, seed=5), randn(3, seed=6)
+    found = chain(T, support, middle, batch)["x"]
+    # the level between is one: its Hessian is the mean over replicas
+    w, y, x = (randn(3, seed=seed) for seed in (1, 2, 3))
+    hessian = torch.diag(w**2 + 2 * x.exp())
+    cross = torch.diag(2 * y * x.exp())
+    wanted = 2 * x - cross @ torch.linalg.solve(hessian, 2 * (y - batch))
+    assert torch.allclose(found, wanted)
+    assert torch.allclose(chain(Replicas(T, "vmap"), support, middle, batch)["x"], wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rule_of_a_replicated_level(way):
+    def make(replicas):
+        program = Program()
+
+        @program.level("low", module={"w": randn(2, seed=1)}, inner_steps=3, replicas=replicas)
+        def low(m, batch, top):
+            return ((m.w - batch) ** 2 * top.x.exp()).sum()
+
+        @program.update("low")
+        def rule(params, grads, state, top):
+            size = grads["w"].norm() + 1.0
+            kept = state.get("m", torch.zeros_like(grads["w"])) * 0.5 + grads["w"] / size
+            return {"w": params["w"] - 0.1 * top.x.exp() * kept}, {"m": kept}
+
+        @program.level(
+            "top", lower=["low"], module={"x": 0.1 * randn(2, seed=2)}, hypergrad="unroll"
+        )
+        def top(h, batch, low):
+            return ((low.w - batch) ** 2).sum()
+
+        return program
+
+    support, query = [randn(T, 2, seed=s) for s in range(3)], randn(T, 2, seed=8)
+    found = mlodeco.hypergradient(
+        "top", program=make(WAYS[way]), batches={"low": support, "top": query}
+    )
+    alone = [
+        mlodeco.hypergradient(
+            "top", program=make(None), batches={"low": [s[r] for s in support], "top": query[r]}
+        )
+        for r in range(T)
+    ]
+    assert relative(found, {"x": sum(one["x"] for one in alone) / T}) < 1e-10
+
+
+def test_reptile_moves_to_the_mean_of_the_tasks():
+    program = maml(T, hypergrad=None)
+    with_data(program, stream(LOOPS), stream(QUERIES), "init")
+    object.__setattr__(program.levels["init"], "optimizer", None)
+
+    @program.update("init")
+    def rule(params, low):
+        ends = dict(low.named_parameters())
+        return {n: p + 0.5 * (ends[n] - p) for n, p in params.items()}, {}
+
+    start = {n: p.detach().clone() for n, p in program.module("init").named_parameters()}
+    mlodeco.run(3, program=program, progress="off")
+    stacked = program.built.levels["low"].parameters
+    for n, p in program.module("init").named_parameters():
+        assert torch.allclose(p, start[n] + 0.5 * (stacked[n].mean(0) - start[n]))
+
+
+def test_vmapped_solvers_share_their_products():
+    calls = {}
+    for way, spec in WAYS.items():
+        program = reading(spec, CG(max_steps=20, rtol=1e-10, damping=3.0))
+        inner, count = program.levels["low"].function, []
+
+        def low(model, batch, top, inner=inner, count=count):
+            count.append(1)
+            return inner(model, batch, top)
+
+        object.__setattr__(program.levels["low"], "function", low)
+        batches = {"low": stack([SUPPORT[r][0] for r in range(T)]), "top": stack(QUERY)}
+        mlodeco.hypergradient("top", program=program, batches=batches)
+        count.clear()
+        mlodeco.hypergradient("top", program=program, batches=batches)
+        calls[way] = len(count)
+    assert calls == {"loop": 3, "vmap": 1, "chunk": 2}
+
+
+def test_an_error_in_a_vmapped_solver_is_raised_and_leaves_no_thread():
+    import threading
+
+    program = reading(Replicas(T, "vmap"), "broken")
+
+    @program.method("broken")
+    def broken(matvec, b):
+        matvec(matvec(b))
+        raise ValueError("no solution")
+
+    batches = {"low": stack([SUPPORT[r][0] for r in range(T)]), "top": stack(QUERY)}
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="no solution"):
+        mlodeco.hypergradient("top", program=program, batches=batches)
+    assert threading.active_count() == before
+
+
+def test_solve_takes_one_task():
+    program = maml(T)
+    alone = maml(None)
+    support = SUPPORT[0][:3]
+    found, wanted = (
+        mlodeco.solve("low", batches={"low": support}, steps=3, program=one)
+        for one in (program, alone)
+    )
+    for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(p, q)

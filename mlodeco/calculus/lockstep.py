@@ -125,10 +125,14 @@ class _Answers:
         self._opened: dict[tuple[Any, ...], Curvature] = {}
 
     def of(self, questions: dict[int, _Question]) -> dict[int, Any]:
-        """The answers to questions of several replicas, those of one key by one product."""
+        """Answers to some of the questions, those of one key by one product.
+
+        Solvers that are at their cross products, which free the graph, wait for the others.
+        """
         found: dict[int, Any] = {}
-        for key in dict.fromkeys(question.key for question in questions.values()):
-            found |= self._together({r: q for r, q in questions.items() if q.key == key})
+        early = {r: q for r, q in questions.items() if q.kind != "cross"} or questions
+        for key in dict.fromkeys(question.key for question in early.values()):
+            found |= self._together({r: q for r, q in early.items() if q.key == key})
         return found
 
     def _together(self, questions: dict[int, _Question]) -> dict[int, Any]:

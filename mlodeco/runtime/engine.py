@@ -74,6 +74,8 @@ def compute_hypergradient(
     """
     chosen = built.methods if methods is None else methods
     involved = levels_involved(built, top, methods, nested=nested)
+    if nested:
+        _refuse_copies(built, involved)
     with randomness_set_aside(), torch.enable_grad():
         values = built.values({name for lv in involved for name in built.levels[lv].seen})
         contexts = {name: make_context(name) for name in involved}
@@ -97,7 +99,6 @@ def compute_hypergradient(
             tapes, buffers = take_loops(built, items, wanted, points)
             points = {name: _moved(point, tapes, buffers) for name, point in points.items()}
         if nested:
-            _refuse_copies(built, involved)
             return differentiate_nested(built.nest(top, methods), points, open_edges)
         return sweep(built.plan(top, methods), points, open_edges, memories, tapes)
 

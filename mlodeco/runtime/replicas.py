@@ -40,12 +40,15 @@ def copies_of(built: Build, level: BuiltLevel) -> Copies | None:
         return None
     spec = _spec(built, level)
     tensors = built.levels[next(iter(level.copied))].parameters.values()
-    is_wanted = spec.way == "vmap" or (
-        spec.way == "auto" and next(iter(tensors)).device.type == "cuda"
-    )
+    is_wanted = spec.way == "vmap" or (spec.way == "auto" and prefers_vmap(next(iter(tensors))))
     if not is_wanted or level.is_looped:
         return Copies(spec.count, level.copied)
     return Copies(spec.count, level.copied, min(spec.chunk or spec.count, spec.count), True)
+
+
+def prefers_vmap(tensor: Tensor) -> bool:
+    """Whether all replicas at once are faster: small calls leave a GPU idle."""
+    return tensor.is_cuda
 
 
 def _spec(built: Build, level: BuiltLevel) -> Replicas:
