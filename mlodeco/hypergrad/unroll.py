@@ -90,22 +90,33 @@ class Unroll(Options):
         tape = require_tape(self, problem, self.truncate)
         after = Cotangent(cotangent)
         cross: Cross = {target: {} for target in problem.wanted}
+        starts_above = tape.initial in problem.wanted
         count = 0
         for step, before in tape.backward(self.truncate):
-            after, found = self._pull_back(problem, step, before, after)
+            is_last = step is tape.first(self.truncate) and not starts_above
+            after, found = self._pull_back(problem, step, before, after, own=not is_last)
             for target, tree in found.items():
                 cross[target] = add(cross[target], tree)
             count += 1
-        if tape.initial is not None and tape.initial in cross:
+        if tape.initial is not None and starts_above:
             cross[tape.initial] = add(cross[tape.initial], after.parameters)
         # the sweep subtracts what a response carries on, as for v = H^-1 b
         carried = {target: scale(tree, -1.0) for target, tree in cross.items()}
         return Response(carried, Solution(after.parameters, count, None, Status.UNROLLED))
 
     def _pull_back(
-        self, problem: LowerProblem, step: TapeStep, before: Iterate, after: Cotangent
+        self,
+        problem: LowerProblem,
+        step: TapeStep,
+        before: Iterate,
+        after: Cotangent,
+        *,
+        own: bool,
     ) -> tuple[Cotangent, Cross]:
-        """The cotangent before a step, and what the step carries to the targets."""
+        """The cotangent before a step, and what the step carries to the targets.
+
+        The part of the former that goes through the gradient is left out unless ``own``.
+        """
         level = problem.level
         inner = step.problem(level, before.parameters, problem.wanted)
         kept = step.graph
@@ -114,14 +125,14 @@ class Unroll(Options):
         reads = tuple(name for name in step.update.reads if name in problem.wanted)
         values = step.point.values
         pulled = pull_back(step.update, before, gradient, values, after, reads)
-        own = pulled.before
+        direct = pulled.before
         if self.first_order or not pulled.gradients:
-            return own, pulled.reads
-        curved, cross = opened.pull_back(pulled.gradients)
+            return direct, pulled.reads
+        curved, cross = opened.pull_back(pulled.gradients, own=own)
         found = {target: tree for target, tree in cross.items() if target in problem.wanted}
         for target, tree in pulled.reads.items():
             found[target] = add(found.get(target, {}), tree)
-        return Cotangent(add(own.parameters, curved), own.state), found
+        return Cotangent(add(direct.parameters, curved), direct.state), found
 
 
 def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -> Tape:
