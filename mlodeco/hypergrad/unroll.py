@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlodeco.calculus.point import LowerProblem
-from mlodeco.calculus.products import LINEARIZATIONS, Cross, open_linearization
+from mlodeco.calculus.products import (
+    LINEARIZATIONS,
+    Cross,
+    Linearization,
+    first_gradient,
+    open_linearization,
+)
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate
@@ -117,22 +123,26 @@ class Unroll(Options):
 
         The part of the former that goes through the gradient is left out unless ``own``.
         """
-        level = problem.level
-        inner = step.problem(level, before.parameters, problem.wanted)
-        kept = step.graph
-        opened = open_linearization(inner, self.product) if kept is None or kept.is_spent else kept
-        gradient = opened.gradient() if step.gradient is None else step.gradient
+        inner = step.problem(problem.level, before.parameters, problem.wanted)
         reads = tuple(name for name in step.update.reads if name in problem.wanted)
-        values = step.point.values
-        pulled = pull_back(step.update, before, gradient, values, after, reads)
-        direct = pulled.before
-        if self.first_order or not pulled.gradients:
-            return direct, pulled.reads
+        opened = None if self.first_order else self._open(step, inner)
+        gradient = step.gradient
+        if gradient is None:
+            gradient = first_gradient(inner) if opened is None else opened.gradient()
+        pulled = pull_back(step.update, before, gradient, step.point.values, after, reads)
+        if opened is None or not pulled.gradients:
+            return pulled.before, pulled.reads
         curved, cross = opened.pull_back(pulled.gradients, own=own)
         found = {target: tree for target, tree in cross.items() if target in problem.wanted}
         for target, tree in pulled.reads.items():
             found[target] = add(found.get(target, {}), tree)
+        direct = pulled.before
         return Cotangent(add(direct.parameters, curved), direct.state), found
+
+    def _open(self, step: TapeStep, inner: LowerProblem) -> Linearization:
+        """The graph that was kept, as long as nobody has used it up, else a new one."""
+        kept = step.graph
+        return open_linearization(inner, self.product) if kept is None or kept.is_spent else kept
 
 
 def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -> Tape:
