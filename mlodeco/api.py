@@ -17,6 +17,7 @@ from mlodeco.runtime import Accelerator, Build, Result, Runner, build
 from mlodeco.runtime.checking import compare
 from mlodeco.runtime.functional import compute
 from mlodeco.runtime.runner import check_steps
+from mlodeco.runtime.solving import solve as solve_level
 from mlodeco.show import Form, GraphView, Report, make_display
 
 P = ParamSpec("P")
@@ -204,6 +205,39 @@ def hypergradient(
         hypergrad=hypergrad,
         nested=nested,
     )
+
+
+def solve(
+    level: str,
+    *,
+    batches: Mapping[str, Any] | None = None,
+    steps: int,
+    program: Program | None = None,
+) -> nn.Module:
+    """The level after ``steps`` optimizer steps on given batches; nothing is changed.
+
+    The steps are those of an inner loop: from the level's present parameters and optimizer
+    state, or with ``init_from`` from those of that level and a fresh state; schedules, clipping
+    and tuned options included, and the levels that it reads held as they are. So a meta-learnt
+    start is evaluated: solve on a task's support set, then look at the query set. With
+    ``replicas`` one of them is solved: the items are those of a single task. A level with lower
+    levels follows its direct gradient.
+
+    Args:
+        level: the level.
+        batches: for the level a list of ``steps`` batches (each a list of ``accumulate``
+            micro-batches where that is above 1), and for sources the item that every step reads;
+            otherwise those of the last steps, else the first of a fresh iterator.
+        steps: optimizer steps.
+        program: the program; default: the current one.
+
+    Returns:
+        A copy of the level's module, in its present train/eval mode.
+
+    Raises:
+        MlodecoError: the program or a batch does not fit.
+    """
+    return solve_level(level, batches=batches, steps=steps, program=_known(program))
 
 
 def check(

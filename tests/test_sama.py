@@ -208,7 +208,7 @@ def test_the_derivative_of_every_stock_step_is_that_of_the_real_step(name, steps
     again = step.apply(before, {"w": g}, {}).parameters["w"]
     assert torch.allclose(again, at_g, rtol=1e-6)  # some keep a scalar in single precision
     advanced = step.advance(before, {"w": g}, {}).parameters["w"]
-    assert torch.equal(advanced, at_g)
+    assert torch.allclose(advanced, at_g, rtol=1e-7)  # load_state_dict changes the dtype of some
     pulled = pull_back(step, before, {"w": g}, {}, Cotangent({"w": c})).gradients["w"]
     assert torch.allclose(pulled, numeric @ c, rtol=1e-5, atol=1e-8)
 

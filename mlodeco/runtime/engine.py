@@ -20,9 +20,8 @@ from mlodeco.calculus.tape import Tape
 from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.loops import recordings, take_loops
+from mlodeco.runtime.loops import items_of, recordings, take_loops
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
 
@@ -77,7 +76,7 @@ def compute_hypergradient(
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
         points = {
-            name: _make_point(built, name, batches[name], contexts[name], values, draw)
+            name: make_point(built, name, batches[name], contexts[name], values, draw)
             for name in involved
         }
         for name in involved:
@@ -86,7 +85,7 @@ def compute_hypergradient(
         if loops:
             wanted = recordings(built, chosen, top)
             items = {
-                name: [_items_of(built, name, drawn, contexts[name]) for drawn in loop]
+                name: [items_of(built.levels[name], drawn, contexts[name]) for drawn in loop]
                 for name, loop in loops.items()
             }
             tapes, buffers = take_loops(built, items, wanted, points)
@@ -94,12 +93,6 @@ def compute_hypergradient(
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
         return sweep(built.plan(top, methods), points, open_edges, memories, tapes)
-
-
-def _items_of(
-    built: Build, name: str, drawn: tuple[Drawn, ...], ctx: Context
-) -> tuple[dict[str, Any], ...]:
-    return tuple(items_for(built.levels[name], one, ctx) for one in drawn)
 
 
 def _moved(point: Point, tapes: Mapping[str, Tape], buffers: Buffers) -> Point:
@@ -125,7 +118,7 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
         return
     values = built.values(level.seen)
     with preserved_randomness(), torch.enable_grad():
-        point = _make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
+        point = make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
         probe(built, level, point)
 
 
@@ -213,7 +206,7 @@ def warn_of_nested_paths(built: Build, top: str, methods: Methods | None = None)
         )
 
 
-def _make_point(
+def make_point(
     built: Build,
     name: str,
     batches: tuple[Drawn, ...],
@@ -221,11 +214,21 @@ def _make_point(
     values: Mapping[str, Any],
     draw: tuple[int, str, int, str],
 ) -> Point:
+    """The loss of a level on the batches given, at the values given.
+
+    Args:
+        built: the program.
+        name: the level.
+        batches: its micro-batches.
+        ctx: what its function is given.
+        values: the parameters of the levels that it sees.
+        draw: what its random numbers depend on beside run, tick and level.
+    """
     level = built.levels[name]
     return Point(
         loss=level.loss,
         values={seen: values[seen] for seen in level.seen},
-        batches=_items_of(built, name, batches, ctx),
+        batches=items_of(level, batches, ctx),
         part_of_batches=partial(_part_of_batches, level, batches, ctx),
         seed=make_seed(built.run_seed, built.tick, name, *draw),
         generators=(ctx.generator,),
@@ -241,7 +244,7 @@ def _part_of_batches(
     parts = [part for batch in batches if (part := batch.part(fraction, keys)) is not None]
     if len(parts) < len(batches):
         return None
-    return tuple(items_for(level, part, ctx) for part in parts)
+    return items_of(level, tuple(parts), ctx)
 
 
 def muted_context(built: Build, name: str, **known: Any) -> Context:

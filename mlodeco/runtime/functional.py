@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -109,22 +109,29 @@ def prepare(
     return built, methods, given
 
 
-def rolled_levels(built: Build, methods: Methods, top: str) -> tuple[str, ...]:
-    """The levels whose inner loops a hypergradient takes, for methods that unroll them."""
-    return tuple(recordings(built, methods, top))
+def rolled_levels(built: Build, methods: Methods, top: str) -> dict[str, int]:
+    """The levels whose inner loops a hypergradient takes, and the steps of each."""
+    wanted = recordings(built, methods, top)
+    return {name: built.levels[name].declaration.inner_steps for name in wanted}
 
 
 def find_batches(
     built: Build,
     involved: tuple[str, ...],
     given: Mapping[str, Any],
-    rolled: Collection[str] = (),
+    steps: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, tuple[Drawn, ...]], dict[str, Loop]]:
     """What every level of a hypergradient is evaluated on, and each rolled level's steps.
 
     A rolled level is evaluated on the batches of its last step.
+
+    Args:
+        built: the program.
+        involved: the levels.
+        given: what a person gave.
+        steps: for each rolled level the steps of its loop.
     """
-    steps = {name: built.levels[name].declaration.inner_steps for name in rolled}
+    steps = steps or {}
     sizes = {name: built.levels[name].declaration.accumulate for name in involved}
     counts = {name: size * steps.get(name, 1) for name, size in sizes.items()}
     sources = find_items(built, counts, given)
@@ -160,7 +167,8 @@ def _own_batches(level: BuiltLevel, given: Mapping[str, Any], steps: int | None)
         batch = given[level.name]
         if steps is None:
             return _micro_batches(level, batch)
-        _require_list(level, batch, steps, f"inner_steps={steps} batches, one for each step")
+        what = f"{steps} batches, one a step (its inner_steps, or steps=)"
+        _require_list(level, batch, steps, what)
         return tuple(micro for one in batch for micro in _micro_batches(level, one))
     count = size * (steps or 1)
     last = level.last_micro_batches(count)

@@ -19,13 +19,16 @@ from mlodeco.calculus.stateless import frozen
 from mlodeco.calculus.tape import Recording, Tape
 from mlodeco.calculus.update import Iterate, Update
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
+from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import items_for
+from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.optimizers import (
     fresh_state,
-    warn_if_flat,
     make_optimizer,
     make_scheduler,
     read_state,
     read_step,
+    warn_if_flat,
 )
 from mlodeco.tree import Tree
 
@@ -137,6 +140,13 @@ def _never_called() -> None:
 
 
 vars(_never_called)["_wrapped_by_lr_sched"] = True
+
+
+def items_of(
+    level: BuiltLevel, drawn: tuple[Drawn, ...], ctx: Context
+) -> tuple[dict[str, Any], ...]:
+    """The items of a level's function for each micro-batch of a step."""
+    return tuple(items_for(level, one, ctx) for one in drawn)
 
 
 def take_loops(
