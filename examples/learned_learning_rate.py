@@ -113,7 +113,7 @@ def declare(digits: Digits, seed: int, *, each: bool) -> mlodeco.Program:
         lower=["weights"],
         hypergrad=Unroll(),
         module={
-            "log_lr": torch.full((len(NAMES) if each else 1,), math.log(0.05)),
+            "log_lr": torch.full((len(NAMES) if each else 1,), math.log(0.1)),
             "log_decay": torch.tensor(math.log(1e-3)),
         },
         optimizer=partial(Adam, lr=0.05),
@@ -221,7 +221,7 @@ def show(rows: dict[int, list[float]], rates: dict[str, float], turns: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--turns", type=int, default=100, help="of rates (default: 100)")
+    parser.add_argument("--turns", type=int, default=50, help="of rates (default: 50)")
     given = parser.parse_args()
     if given.seeds < 1 or given.turns < 1:
         parser.error("--seeds and --turns must be at least 1")
