@@ -97,20 +97,23 @@ class OptimizerStep:
         state: dict[Tensor, dict[str, Any]] = {}
         for group in self.groups:
             plain = {name: value for name, value in _PLAIN.items() if name in group.options}
-            for key in (key for key in group.keys if key in copies):
-                copy = copies[key]
-                copy.grad = gradients[key].clone()  # a tuned weight decay is added in place
-                options = {**group.options, **tuned, **plain, "params": [copy]}
-                if key in resting:
-                    options["lr"] = 1.0  # for the state; the parameter stays
-                known = _widened(before.state.get(key, {}))
-                if issubclass(self.kind, SGD) and known.get("momentum_buffer") is None:
-                    # torch takes the first gradient as the buffer, detached: the same from zeros
-                    known["momentum_buffer"] = torch.zeros_like(copy, requires_grad=False)
-                    options["dampening"] = 0
-                if known:
-                    state[copy] = known
-                groups.append(options)
+            members = [key for key in group.keys if key in copies]
+            for key in members:
+                copy, g = copies[key], gradients[key]
+                copy.grad = g.clone() if tuned else g  # a tuned weight decay is added in place
+                if key in before.state:
+                    state[copy] = _widened(before.state[key])
+            options = {**group.options, **tuned, **plain}
+            if not resting.isdisjoint(members):
+                options["lr"] = 1.0  # for the state; the parameters stay
+            new = self._without_momentum(options, members, before.state)
+            for key in new:
+                # torch takes the first gradient as the buffer, detached: the same from zeros
+                state[copies[key]] = {"momentum_buffer": torch.zeros_like(copies[key])}
+            groups.append({**options, "dampening": 0.0, "params": [copies[key] for key in new]})
+            known = [copies[key] for key in members if key not in new]
+            groups.append({**options, "params": known})
+        groups = [group for group in groups if group["params"]]
         after = self._step(groups, state)
         if any(clones.values()) and all(copies[key].grad_fn is f for key, f in clones.items()):
             raise self._refusal("its step does not depend on the gradients, as under no_grad")
@@ -137,11 +140,19 @@ class OptimizerStep:
     def _stepped(self, gradients: Tree) -> Iterable[str]:
         return [key for group in self.groups for key in group.keys if key in gradients]
 
+    def _without_momentum(
+        self, options: Mapping[str, Any], keys: list[str], state: Mapping[str, Any]
+    ) -> list[str]:
+        """The parameters of a group of SGD whose momentum begins with this step."""
+        if not issubclass(self.kind, SGD) or not options["momentum"]:
+            return []
+        return [key for key in keys if state.get(key, {}).get("momentum_buffer") is None]
+
     @property
-    def _at_rest(self) -> tuple[str, ...]:
+    def _at_rest(self) -> frozenset[str]:
         """Parameters at a learning rate of zero, where an optimizer divides by it."""
         rates = self.groups if issubclass(self.kind, Adam) else ()
-        return tuple(
+        return frozenset(
             key
             for group in rates
             if not isinstance(group.options["lr"], Tensor) and group.options["lr"] == 0.0
@@ -159,8 +170,9 @@ class OptimizerStep:
         # the gradient mode of the step is read from the defaults
         fresh.__setstate__({"defaults": dict(groups[0]), "param_groups": groups, "state": known})
         is_differentiable = bool(groups[0].get("differentiable"))
+        is_new = any(not known.get(p) for group in groups for p in group["params"])
         try:
-            if is_differentiable:
+            if is_differentiable and is_new and not issubclass(self.kind, SGD):
                 with _WideScalars():
                     self.kind.step(fresh)
             else:

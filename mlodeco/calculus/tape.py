@@ -102,6 +102,10 @@ class Tape:
         count = copies.count
         return {key: t.expand(count, *t.shape).clone() for key, t in tree.items()}
 
+    def first(self, count: int | None = None) -> TapeStep:
+        """The first of the last ``count`` steps."""
+        return self.steps[0 if count is None else max(0, len(self.steps) - count)]
+
     def forward(self, count: int | None = None) -> Iterator[tuple[TapeStep, Iterate]]:
         """The last ``count`` steps in their order, with the iterates that they started from.
 

@@ -92,9 +92,9 @@ class _NamedLinearization(_Named):
         with self.noted():
             return self._opened.gradient()
 
-    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
         with self.noted():
-            return self._opened.pull_back(v)
+            return self._opened.pull_back(v, own=own)
 
 
 def open_curvature(problem: LowerProblem, product: str) -> Curvature:
