@@ -786,3 +786,34 @@ def test_solve_takes_one_task():
     )
     for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_that_are_loaded_before_the_first_step_reach_every_replica(way):
+    program = reading(WAYS[way], METHODS["identity"])
+    state = {n: p + 1.0 for n, p in program.module("low").state_dict().items()}
+    program.module("low").load_state_dict(state)
+    batches = {"low": stack([SUPPORT[r][0] for r in range(T)]), "top": stack(QUERY)}
+    mlodeco.hypergradient("top", program=program, batches=batches)
+    for n, p in program.built.levels["low"].parameters.items():
+        assert torch.equal(p, state[n].expand_as(p))
+
+
+def test_check_compares_replicas_too():
+    program = reading(T, CG(max_steps=30, rtol=1e-12, damping=3.0))
+    batches = {"low": stack([SUPPORT[r][0] for r in range(T)]), "top": stack(QUERY)}
+    report = mlodeco.check("top", program=program, batches=batches)
+    assert report.findings.overall.error < 1e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rollback_repeats_every_replica(way):
+    program = dropped(WAYS[way], "identity")[0]
+    object.__setattr__(program.levels["low"], "rollback", True)
+    object.__setattr__(program.levels["top"], "optimizer", partial(SGD, lr=0.0))
+    mlodeco.run(3, program=program, progress="off", seed=0)
+    other = dropped(WAYS[way], "identity")[0]
+    mlodeco.run(3, program=other, progress="off", seed=0)
+    ends = [one.built.levels["low"].parameters["w"] for one in (program, other)]
+    assert ends[0].shape == ends[1].shape
+    assert ends[0].isfinite().all()

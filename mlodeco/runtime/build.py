@@ -35,7 +35,7 @@ from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.initial import check_copies, check_starts, own_copies, refuse_closed_starts
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
-from mlodeco.runtime.stacking import stack_parameters, tie
+from mlodeco.runtime.stacking import spread_again, stack_parameters, tie
 from mlodeco.runtime.steps import (
     bind_updates,
     check_counts,
@@ -109,6 +109,14 @@ class BuiltLevel:
     def is_replicated(self) -> bool:
         """Whether its parameters are stacked."""
         return self.name in self.copied
+
+    def follow_module(self) -> None:
+        """Starts every replica at the module's parameters, until one has stepped.
+
+        Somebody may have loaded some, which reach the first replica alone.
+        """
+        if self.is_replicated and self.last_batches is None:
+            spread_again(self.template, self.parameters)
 
     def tie(self) -> None:
         """Lets the module show the first replica."""

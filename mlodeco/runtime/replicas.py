@@ -31,6 +31,7 @@ def place(level: BuiltLevel, device: torch.device) -> None:
     if level.is_replicated:
         for parameter in level.parameters.values():
             parameter.data = parameter.data.to(device)
+        level.follow_module()
         level.tie()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from mlodeco.tree import Tree
@@ -24,3 +25,12 @@ def tie(template: Mapping[str, nn.Parameter], stacked: Mapping[str, nn.Parameter
     """Makes the module's own parameters views of the first replica."""
     for key, parameter in template.items():
         parameter.data = stacked[key].data[0]
+
+
+def spread_again(template: Mapping[str, nn.Parameter], stacked: Mapping[str, nn.Parameter]) -> None:
+    """Makes all replicas equal to the module's parameters; writes where they are not alone."""
+    with torch.no_grad():
+        for key, parameter in template.items():
+            if not bool((stacked[key] == parameter).all()):
+                stacked[key].copy_(parameter.detach().clone().expand_as(stacked[key]))
+    tie(template, stacked)
