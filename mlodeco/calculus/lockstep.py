@@ -170,6 +170,8 @@ def respond_in_lockstep(
     def solver(problem: LowerProblem, cotangent: Tree) -> _Solver[Response]:
         def solve(ask: Callable[[_Question], Any]) -> Response:
             def opened(asked: LowerProblem, product: str) -> Curvature:
+                if product == "difference":  # its step has the length of one replica's vector
+                    return open_curvature(replace(asked, opened=None), product)
                 return AskedCurvature(ask, asked.point.fraction, bool(asked.targets), product)
 
             return method.respond(replace(problem, opened=opened), cotangent)
