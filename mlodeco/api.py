@@ -127,6 +127,7 @@ def run(
     progress: Form = "auto",
     accelerator: Accelerator | None = None,
     nested: bool = False,
+    reduce: str = "exact",
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -143,6 +144,9 @@ def run(
         accelerator: an Accelerator to use; default: a new one.
         nested: hypergradients are the true derivatives through nested best responses, in place
             of Eq. (2); see :func:`hypergradient`.
+        reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
+            them, so that it is that of the mean loss; ``"once"`` averages the hypergradients that
+            the processes find each on its own data, by one collective.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -153,8 +157,10 @@ def run(
     """
     check_steps(steps)
     display = make_display(progress)
-    runner = Runner(_known(program), seed=seed, accelerator=accelerator, nested=nested)
-    if display is not None:
+    runner = Runner(
+        _known(program), seed=seed, accelerator=accelerator, nested=nested, reduce=reduce
+    )
+    if display is not None and runner.is_main:
         runner.listeners.append(display)
     return runner.run(steps)
 

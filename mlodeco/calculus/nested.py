@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.kernels import second_derivatives
+from mlodeco.calculus.mean import mean_of, shared
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.response import Solution
 from mlodeco.calculus.slots import State
@@ -100,6 +101,7 @@ class _Nest:
         with torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
             loss, metrics, state = self._total_loss(top, {top: own}, 0)
             value = require_finite(loss, top, point.loss.site)
+            value = _mean_loss(value, loss, point)
             found = gradient(loss, own) if loss.requires_grad else {}
         require_finite_tree(found, point, "the derivative through the levels below")
         solves = tuple(self._solves.values())
@@ -123,7 +125,7 @@ class _Nest:
                 moves_with_own.add(low)
         point = self._points[level]
         seen = {name: tree for name, tree in scope.items() if name in point.values}
-        state = point.state({**point.values, **seen})
+        state = point.state({**point.values, **shared(seen, point.mean)})
         share = 1.0 / len(point.batches)
 
         def mean() -> tuple[Tensor, dict[str, Any]]:
@@ -200,6 +202,11 @@ class _Nest:
         known = self._solves.get(solve.level)
         if known is None or _badness(solve) >= _badness(known):
             self._solves[solve.level] = solve
+
+
+def _mean_loss(value: float, loss: Tensor, point: Point) -> float:
+    like = {"loss": loss.detach()}
+    return float(mean_of(point.mean, like, like)["loss"]) if point.mean else value
 
 
 def _badness(solve: Solve) -> tuple[bool, float]:

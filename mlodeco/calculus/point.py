@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.copies import Copies, mean_metrics
+from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.randomness import RecordedStreams, make_seed, seed_streams
 from mlodeco.calculus.slots import Place, State
 from mlodeco.calculus.stateless import StatelessLoss
@@ -58,7 +59,8 @@ class Point:
     ``next_update`` gives the level's next update and the state that it starts from, for the
     methods that ask. ``part_of_batches`` gives the
     micro-batches with a fraction of the samples of the level's own data, None where these have
-    no samples; ``fraction`` is that of the batches here.
+    no samples; ``fraction`` is that of the batches here. With ``mean`` the loss meant is the mean
+    over processes, whose derivatives are the means of those here.
     """
 
     loss: StatelessLoss
@@ -74,6 +76,7 @@ class Point:
     buffers: Mapping[Place, Tensor] = field(default_factory=dict)
     copies: Copies | None = None
     numbers: tuple[int, ...] = ()
+    mean: Mean | None = None
 
     def state(self, values: Mapping[str, Tree]) -> State:
         """A tensor for every slot of the loss: these values, buffers as they are here."""

@@ -163,8 +163,19 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
         return value, outcomes, found
 
     value, outcomes, found = point.loss.within(state, differentiate)
+    value, found = _shared(point, value, found)
     value, metrics = point.reported(value, outcomes)
     return _DirectPass(value, metrics, found.pop(plan.top), found, state)
+
+
+def _shared(point: Point, value: float, found: dict[str, Tree]) -> tuple[float, dict[str, Tree]]:
+    """The means over processes, by one collective."""
+    if point.mean is None:
+        return value, found
+    some = next(iter(point.values[next(iter(found))].values()))
+    loss = {"loss": some.new_tensor(value)}
+    means = point.mean([loss, *found.values()], [loss, *(point.values[level] for level in found)])
+    return float(means[0]["loss"]), dict(zip(found, means[1:], strict=True))
 
 
 _Part = tuple[Tree, LowerProblem, str]

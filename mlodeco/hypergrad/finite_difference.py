@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlodeco.calculus.point import LowerProblem
-from mlodeco.calculus.products import Difference
+from mlodeco.calculus.products import Difference, share_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.options import Options, check_number
 from mlodeco.tree import Tree, scale
@@ -46,5 +46,6 @@ class FiniteDifference(Options):
     def respond(self, problem: LowerProblem, cotangent: Tree) -> Response:
         """Scales the cotangent and takes one cross product by differences."""
         v = scale(cotangent, self.scale)
-        cross = Difference(problem, radius=self.radius).cross(v)
+        difference = Difference(problem, radius=self.radius)
+        cross = share_curvature(difference, problem).cross(v)
         return Response(cross, Solution(v, 0, None, Status.TRUNCATED))

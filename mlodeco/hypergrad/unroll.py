@@ -12,6 +12,7 @@ from mlodeco.calculus.products import (
     Linearization,
     first_gradient,
     open_linearization,
+    share_linearization,
 )
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
@@ -144,7 +145,9 @@ class Unroll(Options):
     def _open(self, step: TapeStep, inner: LowerProblem) -> Linearization:
         """The graph that was kept, as long as nobody has used it up, else a new one."""
         kept = step.graph
-        return open_linearization(inner, self.product) if kept is None or kept.is_spent else kept
+        if kept is None or kept.is_spent:
+            return open_linearization(inner, self.product)
+        return share_linearization(kept, inner)
 
 
 def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -> Tape:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlodeco.runtime.history import as_number
+from mlodeco.runtime.processes import Processes
 
 
 class Context:
@@ -22,6 +23,8 @@ class Context:
         generator: random numbers of that device; the same in every pass of one hypergradient.
         is_main: whether this is the main process.
         accelerator: the run's Accelerator; None outside a run.
+        processes: those of the run, of which ``rank`` and ``count`` tell this one's number and
+            how many there are.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Context:
         device: torch.device | None = None,
         generator: torch.Generator | None = None,
         accelerator: Any = None,
+        processes: Processes | None = None,
         muted: bool = False,
     ) -> None:
         self.level = level
@@ -43,6 +47,7 @@ class Context:
         self.device = device or torch.device("cpu")
         self.generator = generator or torch.Generator(device=self.device)
         self.accelerator = accelerator
+        self.processes = processes or Processes()
         self.logged: dict[str, Any] = {}
         self.stop_reason: str | None = None
         self._muted = muted
@@ -50,7 +55,7 @@ class Context:
     @property
     def is_main(self) -> bool:
         """Whether this is the main process."""
-        return self.accelerator is None or bool(self.accelerator.is_main_process)
+        return self.processes.is_main
 
     def log(self, **metrics: Any) -> None:
         """Adds metrics to the step's record. Does nothing in second-order passes."""
@@ -58,7 +63,10 @@ class Context:
             self.logged.update({key: as_number(value) for key, value in metrics.items()})
 
     def stop(self, reason: str = "ctx.stop() was called") -> None:
-        """Ends the run after this tick. Does nothing in second-order passes."""
+        """Ends the run after this tick, in all processes if one of them asks for it.
+
+        Does nothing in second-order passes.
+        """
         if not self._muted:
             self.stop_reason = reason
 
@@ -71,6 +79,7 @@ class Context:
             epoch=self.epoch,
             device=self.device,
             accelerator=self.accelerator,
+            processes=self.processes,
         )
 
     def adopt(self, other: Context) -> None:
@@ -79,8 +88,8 @@ class Context:
         self.stop_reason = self.stop_reason or other.stop_reason
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, along the first dimension."""
-        if self.accelerator is None:
-            return tensor
-        gathered: Tensor = self.accelerator.gather(tensor)
-        return gathered
+        """The tensors of all processes, along the first dimension; they have no gradient.
+
+        All processes must call it, with tensors of one shape.
+        """
+        return self.processes.gather(tensor)

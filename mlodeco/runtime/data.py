@@ -61,7 +61,7 @@ class Cursor:
         raise self._where.error(
             "the data are empty: they gave no batch.",
             "check the data set's size; with drop_last=True a DataLoader smaller than one "
-            "batch is empty.",
+            "batch is empty, and in several processes one smaller than a batch for each.",
         )
 
     @property
@@ -141,10 +141,18 @@ class _Remade:
         return self._factory()
 
 
-class Feed:
-    """The cursors of a level: one, or one for each name of a mapping."""
+Share = Callable[[Iterable[Any]], Iterable[Any]]
 
-    def __init__(self, declaration: LevelDeclaration) -> None:
+
+class Feed:
+    """The cursors of a level: one, or one for each name of a mapping.
+
+    Args:
+        declaration: the level's.
+        share: makes of a source of batches the part that this process sees.
+    """
+
+    def __init__(self, declaration: LevelDeclaration, share: Share | None = None) -> None:
         data = declaration.data
         site, level = str(declaration.site), declaration.name
         self._keyed = isinstance(data, Mapping)
@@ -156,9 +164,10 @@ class Feed:
         else:
             sources = {"": data}
         self.cursors = {
-            key: Cursor(open_source(value, where), where)
+            key: Cursor(source if share is None else share(source), where)
             for key, value in sources.items()
             for where in (Where(site, level, key or None),)
+            for source in (open_source(value, where),)
         }
 
     @property

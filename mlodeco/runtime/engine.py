@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mlodeco.calculus.copies import Copies
+from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
@@ -50,6 +51,7 @@ def compute_hypergradient(
     entropy: str = "",
     tapes: Mapping[str, Tape] | None = None,
     loops: Mapping[str, Loop] | None = None,
+    mean: Mean | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -71,6 +73,7 @@ def compute_hypergradient(
         tapes: the steps of the levels that a method differentiates step by step.
         loops: in their place, inner loops to take functionally first: for each level the
             micro-batches of its steps. The levels are then seen at the ends.
+        mean: over processes, to which the hypergradient of their mean losses is common.
     """
     chosen = built.methods if methods is None else methods
     involved = levels_involved(built, top, methods, nested=nested)
@@ -86,6 +89,7 @@ def compute_hypergradient(
         }
         for name in involved:
             probe(built, built.levels[name], points[name], nested=nested)
+        points = {name: replace(point, mean=mean) for name, point in points.items()}
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if loops:
             wanted = recordings(built, chosen, top)

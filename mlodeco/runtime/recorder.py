@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.products import Reverse
 from mlodeco.calculus.randomness import RecordedStreams
@@ -52,16 +53,23 @@ class Recorder:
         trainer: the level's.
         recording: what the tape must hold.
         copies: of the parameters that its steps see.
+        mean: over processes, for the products of its steps.
     """
 
     def __init__(
-        self, built: Build, trainer: Trainer, recording: Recording, copies: Copies
+        self,
+        built: Build,
+        trainer: Trainer,
+        recording: Recording,
+        copies: Copies,
+        mean: Mean | None = None,
     ) -> None:
         self._built = built
         self._trainer = trainer
         self._level = trainer.level
         self.recording = recording
         self._copies = copies
+        self._mean = mean
         self._steps: list[TapeStep] = []
         self._count = 0
         self._marks = dict.fromkeys(built.graph.uppers(self._level.name), 0)
@@ -102,6 +110,7 @@ class Recorder:
             streams=streams,
             buffers=self._buffers(),
             copies=copies,
+            mean=self._mean,
         )
         before = self._trainer.iterate() if self._keeps_iterate else None
         self._pending = TapeStep(point, self._trainer.read_update(), before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
+from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
-from mlodeco.errors import MlodecoError, RunError, counted, quoted
+from mlodeco.errors import MlodecoError, MlodecoWarning, RunError, counted, quoted
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
@@ -40,8 +41,10 @@ from mlodeco.runtime.history import (
     as_number,
 )
 from mlodeco.runtime.hooks import Hooks, describe_validation
+from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
+from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
 from mlodeco.runtime.recorder import Copies, Recorder
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
@@ -103,6 +106,8 @@ class Runner:
         accelerator: an Accelerator to use; default: a new one.
         nested: hypergradients are the true derivatives through nested best responses, in place
             of Eq. (2), which takes the levels below a mid-level as constants.
+        reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
+            them; ``"once"`` averages finished hypergradients.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -115,6 +120,7 @@ class Runner:
         seed: int | None = None,
         accelerator: Accelerator | None = None,
         nested: bool = False,
+        reduce: str = "exact",
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -123,17 +129,30 @@ class Runner:
         self.listeners: list[Listener] = []
         self.tick = 0
         check_nested(nested)
+        check_reduce(reduce)
+        self._reduce = reduce
         self._nested = nested
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
         self._asked: dict[str, bool] = {}
-        self._accelerator = _make_accelerator(accelerator)
+        self._accelerator = make_accelerator(accelerator)
+        self._processes = processes_of(
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+            self._accelerator.device,
+        )
+        with self._processes.ended_together(), _quiet(self._processes):
+            self._begin(registry, seed)
+
+    def _begin(self, registry: Registry, seed: int | None) -> None:
+        """Seeds and builds; if that fails, random numbers are as before."""
         before = SavedRandomness()
         try:
             if seed is not None:
                 _check_seed(seed)
-                set_seed(seed)
+                # processes differ, in dropout for instance; what must not is taken from the first
+                set_seed(seed, device_specific=self._processes.count > 1)
             self._set_up(registry, seed)
         except BaseException:
             before.restore()
@@ -145,11 +164,15 @@ class Runner:
         device = self._accelerator.device
         for level in self.built.levels.values():
             place_level(level, device)
+        self._start_alike()
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
-        validations = [Validation(d, self.built, place) for d in registry.validations]
+        processes = self._processes
+        validations = [Validation(d, self.built, place, processes) for d in registry.validations]
         levels = self.built.levels
-        self._trainers = {n: Trainer(self.built, level, place) for n, level in levels.items()}
+        self._trainers = {
+            n: Trainer(self.built, level, place, processes) for n, level in levels.items()
+        }
         self._recorders = self._make_recorders()
         for trainer in self._trainers.values():
             trainer.level.reported.clear()
@@ -162,7 +185,8 @@ class Runner:
         self._run_seed = torch.initial_seed() if seed is None else seed
         self._take_over()
         for number, generator in enumerate(self._generators.values()):
-            generator.manual_seed((self._run_seed + number) % 2**63)
+            own = self._run_seed + number + (processes.rank << 32)
+            generator.manual_seed(own % 2**63)
 
     def _make_recorders(self) -> dict[str, Recorder]:
         """What records the steps of the levels that some method differentiates through."""
@@ -172,8 +196,38 @@ class Runner:
             level = self.built.levels[name]
             warn_if_flat(level, self._trainers[name].optimizer)
             level.recent = deque(level.recent, maxlen=level.declaration.inner_steps)
-            found[name] = Recorder(self.built, self._trainers[name], recording, copies)
+            trainer = self._trainers[name]
+            found[name] = Recorder(self.built, trainer, recording, copies, self._exact_mean)
         return found
+
+    def _start_alike(self) -> None:
+        """Gives all processes the parameters and buffers of the main one."""
+        if self._processes.count == 1:
+            return
+        found: list[tuple[str, torch.Tensor]] = []
+        for name, level in self.built.levels.items():
+            module = level.module
+            tensors = (*level.parameters.items(), *module.named_parameters())
+            found += [(f"{name}: {key}", t) for key, t in (*tensors, *module.named_buffers())]
+        shapes = [[name, list(t.shape), str(t.dtype)] for name, t in found]
+        require_same(self._processes, "the names and shapes of parameters and buffers", shapes)
+        self._processes.copy_from_main([t for _, t in found])
+
+    def _share_buffers(self) -> None:
+        """Gives all processes the buffers of the main one, which each process's own data moved."""
+        if self._processes.count > 1:
+            modules = (level.module for level in self.built.levels.values())
+            self._processes.copy_from_main([b for module in modules for b in module.buffers()])
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints."""
+        return self._processes.is_main
+
+    @property
+    def _exact_mean(self) -> Mean | None:
+        """That of the products in a hypergradient."""
+        return self._processes.mean if self._reduce == "exact" else None
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -190,6 +244,10 @@ class Runner:
             RunError: ``steps`` is not a positive integer.
         """
         check_steps(steps)
+        with self._processes.ended_together():
+            return self._run(steps)
+
+    def _run(self, steps: int) -> Result:
         self._stop_reason = None
         for validation in self._validations:
             validation.without_best = 0
@@ -197,10 +255,12 @@ class Runner:
             for listener in self.listeners:
                 listener.on_start(self, steps)
             self._fire_run("run_start")
+            self._agree_on_end()
             last = self.tick + steps
             while self.tick < last and self._stop_reason is None:
                 self.step()
             final = tuple(self._validate(final=True))
+            self._share_buffers()
             if final:
                 self._tell(Tick(self.tick, (), final))
             result = Result(
@@ -210,6 +270,7 @@ class Runner:
                 self.tick,
             )
             self._fire_run("run_end", history=self.history)
+            self._agree_on_end()
         except BaseException:
             for listener in self.listeners:
                 listener.on_error()
@@ -223,8 +284,16 @@ class Runner:
 
         If a user's function raises, the level that was at it is as before its step, and the
         next call goes on with the same tick from there. Fires neither ``run_start`` nor
-        ``run_end``, which belong to :meth:`run`.
+        ``run_end``, which belong to :meth:`run`. In several processes all end by an error of one,
+        and none goes on.
+
+        Raises:
+            RunError: another process has failed.
         """
+        with self._processes.ended_together(), _quiet(self._processes):
+            return self._step()
+
+    def _step(self) -> Tick:
         self._take_over()
         for name in self.built.graph.order:
             if name not in self._asked:
@@ -234,8 +303,16 @@ class Runner:
         self.tick += 1
         steps, self._steps, self._asked = tuple(self._steps), [], {}
         tick = Tick(self.tick, steps, tuple(self._validate()))
+        self._agree_on_end()
         self._tell(tick)
         return tick
+
+    def _agree_on_end(self) -> None:
+        """Stops all processes where one has a reason to, for that of the first that has."""
+        if self._processes.count > 1:
+            first = self._processes.first_with(self._stop_reason is not None)
+            if first is not None:
+                self._stop_reason = self._processes.exchange(self._stop_reason)[first]
 
     def _take_over(self) -> None:
         """Makes the program's tick, seed and optimizers those of this run, of several perhaps."""
@@ -291,9 +368,7 @@ class Runner:
             found = self._differentiate(name, batches, ctx, recorder)
             extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
-            if recorder is not None and (
-                self._hooks.listens_to_gradients or self.built.graph.lower[name]
-            ):
+            if recorder is not None and self._keeps_gradient(name):
                 recorder.use_gradient(trainer.gradients())
             norm = trainer.clip()
         rate, metrics = trainer.learning_rate, _numbers(found.metrics)
@@ -327,6 +402,11 @@ class Runner:
         self._finish_step_events(name, ctx, extras, ended)
         record.metrics.update(ctx.logged)
 
+    def _keeps_gradient(self, name: str) -> bool:
+        """Whether the gradient of a step may be another than that of its loss here."""
+        is_mean = self._processes.count > 1
+        return is_mean or self._hooks.listens_to_gradients or bool(self.built.graph.lower[name])
+
     def _finish_step_events(
         self, name: str, ctx: Context, extras: dict[str, Any], ended: bool
     ) -> None:
@@ -359,17 +439,30 @@ class Runner:
         recorder: Recorder | None = None,
     ) -> Gradients:
         """Leaves ``.grad`` at the (hyper)gradient of the level at its current parameters."""
+        if self.built.graph.lower[name]:
+            return self._differentiate_responses(name, batches, ctx)
+        self._probe(name, batches)
+        found = self._differentiate_loss(name, batches, ctx, recorder)
+        return self._trainers[name].average(found)
+
+    def _differentiate_loss(
+        self, name: str, batches: tuple[Drawn, ...], ctx: Context, recorder: Recorder | None
+    ) -> Gradients:
+        """The gradient of a level without lower levels, on this process's data."""
         trainer = self._trainers[name]
-        rank = self._accelerator.process_index
-        if not self.built.graph.lower[name]:
-            self._probe(name, batches)
-            if trainer.level.copied:
-                return self._differentiate_replicas(name, batches, ctx, recorder)
-            if recorder is not None and recorder.recording.keep_graph:
-                parts = items_of(trainer.level, batches, ctx)
-                graph = recorder.differentiate(parts, ctx.generator)
-                return trainer.adopt_graph(graph, recorder.point)
-            return trainer.backward(batches, ctx)
+        if trainer.level.copied:
+            return self._differentiate_replicas(name, batches, ctx, recorder)
+        if recorder is not None and recorder.recording.keep_graph:
+            parts = items_of(trainer.level, batches, ctx)
+            graph = recorder.differentiate(parts, ctx.generator)
+            return trainer.adopt_graph(graph, recorder.point)
+        return trainer.backward(batches, ctx)
+
+    def _differentiate_responses(
+        self, name: str, batches: tuple[Drawn, ...], ctx: Context
+    ) -> Gradients:
+        """The hypergradient of a level that has lower levels."""
+        trainer = self._trainers[name]
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
         own = ctx.with_own_generator()
@@ -378,11 +471,14 @@ class Runner:
             name,
             {**items, name: batches},
             lambda n: own if n == name else self._muted(n),
-            rank=rank,
+            rank=self._processes.rank,
             memories=trainer.memories,
             nested=self._nested,
             tapes=self._tapes(name) if self._recorders else None,
+            mean=self._exact_mean,
         )
+        if self._reduce == "once":
+            hyper = trainer.average_hypergradient(hyper)
         ctx.adopt(own)
         if not self._nested:
             warn_of_nested_paths(self.built, name)
@@ -396,7 +492,7 @@ class Runner:
 
     def _probe(self, name: str, batches: tuple[Drawn, ...]) -> None:
         if not self.built.levels[name].is_probed:
-            rank = self._accelerator.process_index
+            rank = self._processes.rank
             probe_level(self.built, name, batches[0], self._muted(name), rank)
 
     def _differentiate_replicas(
@@ -457,6 +553,7 @@ class Runner:
             is_due = final or self.tick % validation.declaration.every == 0
             if not is_due or validation.last_tick == self.tick:
                 continue
+            self._share_buffers()
             ctx = self._context(None)
             try:
                 metrics = validation.run(ctx)
@@ -479,7 +576,10 @@ class Runner:
     def _context(self, name: str | None) -> Context:
         if name is None:
             return Context(
-                tick=self.tick, device=self._accelerator.device, accelerator=self._accelerator
+                tick=self.tick,
+                device=self._accelerator.device,
+                accelerator=self._accelerator,
+                processes=self._processes,
             )
         return Context(
             level=name,
@@ -489,6 +589,7 @@ class Runner:
             device=self._accelerator.device,
             generator=self._generators[name],
             accelerator=self._accelerator,
+            processes=self._processes,
         )
 
     def _muted(self, name: str) -> Context:
@@ -498,6 +599,7 @@ class Runner:
             step=self._schedule.steps[name],
             epoch=self._trainers[name].epoch,
             accelerator=self._accelerator,
+            processes=self._processes,
         )
 
     def _fire(self, event: str, name: str, ctx: Context, **offered: Any) -> None:
@@ -526,6 +628,17 @@ class _Placer:
 
     def __call__(self, batch: Any) -> Any:
         return batch if self._device.type == "cpu" else send_to_device(batch, self._device)
+
+
+@contextmanager
+def _quiet(processes: Processes) -> Iterator[None]:
+    """Leaves the library's own warnings to the main process."""
+    if processes.is_main:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MlodecoWarning)
+        yield
 
 
 @contextmanager
@@ -571,24 +684,3 @@ def _timings(built: Build) -> dict[str, Timing]:
         name: Timing(d.inner_steps, d.repeat, d.warmup)
         for name, d in ((n, level.declaration) for n, level in built.levels.items())
     }
-
-
-def _make_accelerator(given: Accelerator | None) -> Accelerator:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            "this is one of several processes, which this version does not run.",
-            remedy="start the script with python, in one process.",
-        )
-    if given is not None and not isinstance(given, Accelerator):
-        raise RunError(
-            f"accelerator={given!r} is not an Accelerator.",
-            remedy="pass an accelerate.Accelerator, or leave it out.",
-        )
-    accelerator = Accelerator() if given is None else given
-    if accelerator.mixed_precision != "no":
-        raise RunError(
-            f"mixed_precision={accelerator.mixed_precision!r} is not available in this version.",
-            remedy="use an Accelerator without mixed precision; models in another dtype "
-            "run as they are.",
-        )
-    return accelerator

@@ -6,13 +6,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlodeco.calculus.clipping import clip_factor, clip_rows, row_norms
+from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.point import LowerProblem, Point
 from mlodeco.calculus.products import Reverse, differentiate_once
 from mlodeco.calculus.randomness import SavedRandomness
@@ -34,6 +35,8 @@ from mlodeco.runtime.optimizers import (
     read_state,
     read_step,
 )
+from mlodeco.runtime.processes import Processes
+from mlodeco.runtime.shards import shard
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -50,7 +53,9 @@ class Gradients:
 class Trainer:
     """The state of one level in a run and the parts of its step."""
 
-    def __init__(self, built: Build, level: BuiltLevel, place: Placer) -> None:
+    def __init__(
+        self, built: Build, level: BuiltLevel, place: Placer, processes: Processes
+    ) -> None:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
         self.scheduler = make_scheduler(level, self.optimizer) if self.optimizer else None
@@ -58,7 +63,8 @@ class Trainer:
         self._built = built
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
-        self._feed = Feed(level.declaration)
+        self._processes = processes
+        self._feed = Feed(level.declaration, lambda source: shard(source, processes))
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
@@ -150,13 +156,34 @@ class Trainer:
     def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
         """Takes a hypergradient as ``.grad``, and the own buffers of its pass."""
         with torch.no_grad():
-            for name, parameter in self.level.parameters.items():
-                found = gradient.get(name)
-                # a copy: autograd may give one tensor for two parameters, or an expanded one
-                parameter.grad = None if found is None else found.clone()
+            # copies: autograd may give one tensor for two parameters, or an expanded one
+            self._assign({name: found.clone() for name, found in gradient.items()})
             for slot in self.level.loss.buffers:
                 if slot.child in self.level.own_children:
                     slot.tensor.copy_(state[slot.key])
+
+    def _assign(self, gradient: Tree) -> None:
+        for name, parameter in self.level.parameters.items():
+            parameter.grad = gradient.get(name)
+
+    def average(self, found: Gradients) -> Gradients:
+        """The means over processes of ``.grad`` and of the loss, by one collective."""
+        mean = self._processes.mean
+        if mean is None:
+            return found
+        parameters = {name: p.detach() for name, p in self.level.parameters.items()}
+        loss, gradient = _mean_with_loss(mean, found.loss, self.gradients(), parameters)
+        self._assign(gradient)
+        return replace(found, loss=loss)
+
+    def average_hypergradient(self, found: Hypergradient) -> Hypergradient:
+        """The same for a hypergradient, for which each process has used its own data alone."""
+        mean = self._processes.mean
+        if mean is None:
+            return found
+        parameters = {name: p.detach() for name, p in self.level.parameters.items()}
+        loss, gradient = _mean_with_loss(mean, found.loss, found.gradient, parameters)
+        return replace(found, loss=loss, gradient=gradient, size=norm(gradient))
 
     def turn_of(self, found: Hypergradient) -> float | None:
         """The cosine with the last hypergradient, which this one then replaces."""
@@ -312,6 +339,13 @@ class Trainer:
         finally:
             now.restore()
             generator.set_state(generator_now)
+
+
+def _mean_with_loss(mean: Mean, loss: float, gradient: Tree, like: Tree) -> tuple[float, Tree]:
+    some = next(iter(like.values()))
+    known = {"loss": some.new_tensor(loss)}
+    means, found = mean([known, gradient], [known, like])
+    return float(means["loss"]), found
 
 
 class _SavedBuffers:

@@ -18,19 +18,48 @@ from mlodeco.runtime.data import Placer, Where, count_samples, open_source, pres
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.hooks import bind_validation, describe_validation
 from mlodeco.runtime.modules import preserved_modes
+from mlodeco.runtime.processes import Processes
+from mlodeco.runtime.shards import shard_all
+
+
+def _summed(found: list[dict[str, float]]) -> dict[str, float]:
+    """The sums over processes, in their order: the same on all of them."""
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: sum(one.get(name, 0.0) for one in found) for name in names}
+
+
+def _mean_of_all(found: list[dict[str, float]]) -> dict[str, float]:
+    """The means over the processes that have a metric; of equal values that value."""
+    values: dict[str, list[float]] = {}
+    for one in found:
+        for name, value in one.items():
+            values.setdefault(name, []).append(value)
+    return {
+        name: all_[0] if len(set(all_)) == 1 else sum(all_) / len(all_)
+        for name, all_ in values.items()
+    }
 
 
 class Validation:
     """One validation function in a run."""
 
-    def __init__(self, declaration: ValidationDeclaration, built: Build, place: Placer) -> None:
+    def __init__(
+        self,
+        declaration: ValidationDeclaration,
+        built: Build,
+        place: Placer,
+        processes: Processes,
+    ) -> None:
         self.declaration = declaration
+        self._processes = processes
         self._modules: dict[str, nn.Module] = {n: lv.module for n, lv in built.levels.items()}
         self._arguments = bind_validation(declaration, built.levels)
         self._place = place
         self._where = Where(str(declaration.site), None)
         self._source = (
-            None if declaration.data is None else open_source(declaration.data, self._where)
+            None
+            if declaration.data is None
+            else shard_all(open_source(declaration.data, self._where), processes)
         )
         self.last_tick = 0
         self.best: float | None = None
@@ -48,7 +77,7 @@ class Validation:
 
     def _measure(self, ctx: Context) -> dict[str, float]:
         if self._source is None:
-            return self._call({"ctx": ctx})
+            return _mean_of_all(self._processes.exchange(self._call({"ctx": ctx})))
         sums: dict[str, float] = {}
         samples = 0
         for raw in self._source:
@@ -57,6 +86,8 @@ class Validation:
             samples += size
             for name, value in self._call({"ctx": ctx, "batch": batch}).items():
                 sums[name] = sums.get(name, 0.0) + size * value
+        found = self._processes.exchange([sums, samples])
+        sums, samples = _summed([one for one, _ in found]), sum(size for _, size in found)
         if not samples:
             raise self._where.error(
                 f"the data of {describe_validation(self.declaration)} are empty.",

@@ -15,10 +15,15 @@ from mlodeco.calculus.products.choice import (
     open_linearization,
 )
 from mlodeco.calculus.products.difference import Difference
-from mlodeco.calculus.products.first_order import differentiate_once, first_gradient
-from mlodeco.calculus.products.forward import push_gradient
+from mlodeco.calculus.products.first_order import differentiate_once
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
+from mlodeco.calculus.products.shared import (
+    first_gradient,
+    push_gradient,
+    share_curvature,
+    share_linearization,
+)
 
 __all__ = [
     "LINEARIZATIONS",
@@ -33,4 +38,6 @@ __all__ = [
     "open_curvature",
     "open_linearization",
     "push_gradient",
+    "share_curvature",
+    "share_linearization",
 ]

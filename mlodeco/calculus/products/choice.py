@@ -16,6 +16,7 @@ from mlodeco.calculus.products.forward import Forward
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
 from mlodeco.calculus.products.reverse_over_forward import cross_by_duals
+from mlodeco.calculus.products.shared import share_curvature, share_linearization
 from mlodeco.tree import Tree
 
 PRODUCTS: Final = ("auto", "reverse", "reverse_over_forward", "forward", "difference")
@@ -109,8 +110,9 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         found: Curvature = problem.opened(problem, product)
         return found
     if product not in modes:
-        return Automatic(problem)
-    return _NamedCurvature(modes[product](problem), problem, product)
+        return share_curvature(Automatic(problem), problem)
+    named = _NamedCurvature(modes[product](problem), problem, product)
+    return share_curvature(named, problem)
 
 
 def open_linearization(problem: LowerProblem, product: str) -> Linearization:
@@ -120,5 +122,6 @@ def open_linearization(problem: LowerProblem, product: str) -> Linearization:
         "difference": Difference,
     }
     if product not in modes:
-        return Automatic(problem)
-    return _NamedLinearization(modes[product](problem), problem, product)
+        return share_linearization(Automatic(problem), problem)
+    named = _NamedLinearization(modes[product](problem), problem, product)
+    return share_linearization(named, problem)

@@ -1,0 +1,75 @@
+"""The Accelerator of a run, as the launcher of its processes needs it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from mlodeco.errors import RunError
+
+_AVAILABLE = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)
+
+
+def make_accelerator(given: Accelerator | None) -> Accelerator:
+    """The one given, else a new one for all processes that were launched.
+
+    Raises:
+        RunError: it is none, sees fewer processes, or asks for what is not available.
+    """
+    if given is not None and not isinstance(given, Accelerator):
+        raise RunError(
+            f"accelerator={given!r} is not an Accelerator.",
+            remedy="pass an accelerate.Accelerator, or leave it out.",
+        )
+    accelerator = _new() if given is None else given
+    _check(accelerator)
+    return accelerator
+
+
+def _launched() -> int:
+    """How many processes torchrun or accelerate has started."""
+    found = os.environ.get("WORLD_SIZE", "1")
+    return int(found) if found.isdecimal() else 1
+
+
+def _new() -> Accelerator:
+    # without a GPU and without being told, accelerate forms no group of processes
+    needs_cpu = _launched() > 1 and not torch.cuda.is_available()
+    try:
+        return Accelerator(cpu=True) if needs_cpu else Accelerator()
+    except ValueError as error:
+        raise RunError(
+            f"no Accelerator for {_launched()} processes can be made: {error}",
+            remedy="make none before the run, or one with cpu=True where there is no GPU.",
+        ) from error
+
+
+def _check(accelerator: Accelerator) -> None:
+    seen, launched = accelerator.num_processes, _launched()
+    if seen != launched:
+        raise RunError(
+            f"the Accelerator sees {seen} of the {launched} processes that were launched "
+            "(WORLD_SIZE).",
+            remedy="start the script with torchrun or accelerate launch, and without a GPU pass "
+            "Accelerator(cpu=True), or none.",
+        )
+    kind = accelerator.distributed_type
+    if kind not in _AVAILABLE:
+        raise RunError(
+            f"an Accelerator of the kind {kind.value} is not available in this version.",
+            expected="plain data parallel processes, on CPUs or one GPU each.",
+            remedy="launch with accelerate launch --multi_gpu, or torchrun.",
+        )
+    if accelerator.mixed_precision != "no":
+        raise RunError(
+            f"mixed_precision={accelerator.mixed_precision!r} is not available in this version.",
+            remedy="use an Accelerator without mixed precision; models in another dtype "
+            "run as they are.",
+        )

@@ -1,0 +1,223 @@
+"""The processes of a run, and everything that they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from time import monotonic, sleep
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore
+
+from mlodeco.calculus.mean import Mean, Trees
+from mlodeco.errors import RunError, did_you_mean, quoted
+from mlodeco.runtime.board import Board
+from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
+from mlodeco.tree import Tree
+
+REDUCTIONS = ("exact", "once")
+"""What ``reduce=`` may be."""
+
+_LOOK = 0.25
+"""Seconds between looks whether another process has failed, in a collective that takes long."""
+
+_numbers = count()
+"""Numbers of the runs, the same in all processes."""
+
+
+class Processes:
+    """One process, which has nobody to talk to; several are :class:`SeveralProcesses`.
+
+    Attributes:
+        count: how many there are.
+        rank: the number of this one.
+        is_main: whether it is the one that prints.
+        collectives: how many this one has taken part in.
+    """
+
+    count = 1
+    rank = 0
+    is_main = True
+    collectives = 0
+
+    @property
+    def mean(self) -> Mean | None:
+        """The mean over processes; None for one process."""
+        return None
+
+    def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrites tensors with those of the main process."""
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order; they are such that JSON can hold."""
+        return [value]
+
+    def first_with(self, flag: bool) -> int | None:
+        """The first process whose flag is set, on all of them."""
+        return 0 if flag else None
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, along the first dimension."""
+        return tensor
+
+    @contextmanager
+    def ended_together(self) -> Iterator[None]:
+        """Ends all processes by an error of one."""
+        yield
+
+
+class SeveralProcesses(Processes):
+    """Processes that talk by the collectives of torch's default group.
+
+    Each waits for a collective in slices, between which it looks whether another process has
+    failed: so none waits for one that will not come.
+
+    Args:
+        rank: this process.
+        number: all of them.
+        device: where its tensors are.
+    """
+
+    def __init__(self, rank: int, number: int, device: torch.device) -> None:
+        self.rank, self.count, self.is_main = rank, number, rank == 0
+        self.collectives = 0
+        self._device = device
+        store = distributed.distributed_c10d._get_default_store()
+        prefix = f"mlodeco/{next(_numbers)}"
+        self._board = Board(PrefixStore(prefix, store), rank, number)
+
+    @property
+    def mean(self) -> Mean | None:
+        """The mean over processes."""
+        return self._mean
+
+    def _mean(self, trees: Trees, like: Trees) -> list[Tree]:
+        """One all-reduce of one flat bucket."""
+        bucket = pack(trees, like)
+        self._take_part(lambda: distributed.all_reduce(bucket, async_op=True))
+        return unpack(bucket.div_(self.count), like)
+
+    def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
+        """One broadcast of the bytes of all."""
+        distinct = list({id(tensor): tensor for tensor in tensors if tensor.numel()}.values())
+        if distinct:
+            bucket = pack_bytes([tensor.to(self._device) for tensor in distinct])
+            self._take_part(lambda: distributed.broadcast(bucket, 0, async_op=True))
+            if not self.is_main:
+                unpack_bytes(bucket, distinct)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """By the store: for what is small and rare."""
+        try:
+            return self._board.exchange(value)
+        except RuntimeError as error:
+            raise self._why_lost(error) from error
+
+    def first_with(self, flag: bool) -> int | None:
+        """One all-reduce of a number."""
+        first = torch.tensor([self.rank if flag else self.count], device=self._device)
+        smallest = distributed.ReduceOp.MIN
+        self._take_part(lambda: distributed.all_reduce(first, smallest, async_op=True))
+        found = int(first)
+        return found if found < self.count else None
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """One all-gather; tensors of one shape on all processes. It cannot be differentiated."""
+        own = tensor.detach().to(self._device)
+        own = own.reshape(1) if own.dim() == 0 else own.contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        self._take_part(lambda: distributed.all_gather(parts, own, async_op=True))
+        return torch.cat(parts).to(tensor.device)
+
+    @contextmanager
+    def ended_together(self) -> Iterator[None]:
+        """Tells the others of an error that leaves the block, at which they end as well."""
+        with self._board.told():
+            yield
+
+    def _take_part(self, begin: Callable[[], Any]) -> None:
+        """Begins a collective and waits for it.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        self.collectives += 1
+        try:
+            work = begin()
+            self._wait(work)
+        except RuntimeError as error:
+            raise self._why_lost(error) from error
+
+    def _wait(self, work: Any) -> None:
+        if self._device.type == "cpu":
+            while True:
+                try:
+                    work.wait(timedelta(seconds=_LOOK))
+                    return
+                except RuntimeError:
+                    if work.is_completed():
+                        raise
+                self._board.check()
+        look = monotonic() + _LOOK
+        while not work.is_completed():
+            sleep(0)
+            if monotonic() > look:
+                self._board.check()
+                look = monotonic() + _LOOK
+        work.wait()
+
+    def _why_lost(self, error: RuntimeError) -> RunError:
+        """What ended a collective: the error of another process, or that it was killed."""
+        try:
+            self._board.check()
+            missing = self._board.missing()
+        except RunError as found:
+            return found
+        except RuntimeError:
+            missing = [0]  # the store is gone, which the first process may hold
+        lost = ", ".join(map(str, missing)) or "unknown"
+        return RunError(
+            f"a collective failed, and of the {self.count} processes these do not answer: {lost}. "
+            f"({str(error).splitlines()[0][:200]})",
+            remedy="look into their output; a process may have been killed, for memory perhaps.",
+        )
+
+
+def check_reduce(reduce: object) -> None:
+    """Refuses what is no way to average hypergradients.
+
+    Raises:
+        RunError: it is none.
+    """
+    if reduce not in REDUCTIONS:
+        raise RunError(
+            f"reduce={reduce!r}.",
+            expected=f"one of {quoted(REDUCTIONS)}.",
+            remedy=f"choose one of them.{did_you_mean(str(reduce), REDUCTIONS)}",
+        )
+
+
+def processes_of(rank: int, number: int, device: torch.device) -> Processes:
+    """The processes of a run, as its Accelerator sees them."""
+    return Processes() if number == 1 else SeveralProcesses(rank, number, device)
+
+
+def require_same(processes: Processes, what: str, value: Any) -> None:
+    """Refuses processes that differ in what must be the same.
+
+    Raises:
+        RunError: they do.
+    """
+    found = processes.exchange(value)
+    differing = [rank for rank, other in enumerate(found) if other != found[0]]
+    if differing:
+        raise RunError(
+            f"of {processes.count} processes these differ from process 0 in {what}: "
+            f"{', '.join(map(str, differing))}.",
+            expected="the same program in all processes.",
+            remedy="build modules and data in the same way whatever the process.",
+        )

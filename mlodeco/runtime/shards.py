@@ -1,0 +1,175 @@
+"""The parts of the data that each of several processes sees."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+
+from mlodeco.calculus.randomness import preserved_randomness
+from mlodeco.runtime.data import count_samples
+from mlodeco.runtime.processes import Processes
+
+_SAMPLERS = ("sampler", "batch_sampler")
+
+
+def shard(source: Iterable[Any], processes: Processes) -> Iterable[Any]:
+    """This process's batches of a DataLoader; other iterables are replicated.
+
+    Of each N batches in turn every one of N processes takes one, so that together they see what
+    one process sees in a batch of N times the size. What is left at the end of a pass, fewer
+    batches than processes or a smaller one among them, is dropped on all of them.
+    """
+    return _cut(source, processes, is_even=True) if isinstance(source, DataLoader) else source
+
+
+def shard_all(source: Iterable[Any], processes: Processes) -> Iterable[Any]:
+    """The same for validations: any iterable, nothing dropped, nothing twice."""
+    return _cut(source, processes, is_even=False)
+
+
+def _cut(source: Iterable[Any], processes: Processes, *, is_even: bool) -> Iterable[Any]:
+    if processes.count == 1 or _is_distributed(source):
+        return source
+    name = _index_name(source)
+    if name is None:
+        return _Share(source, processes, count_samples, is_even=is_even)
+    loader = copy.copy(source)
+    share = _Share(getattr(source, name), processes, len, is_even=is_even, is_common=True)
+    # past __setattr__, which refuses; a new DataLoader would lose what a subclass adds
+    vars(loader).update({name: share, "_iterator": None})
+    return loader
+
+
+def _is_distributed(source: Any) -> bool:
+    """Whether somebody has distributed a loader's samples already."""
+    samplers = (getattr(source, name, None) for name in _SAMPLERS)
+    inner = (getattr(sampler, "sampler", sampler) for sampler in samplers)
+    return any(isinstance(sampler, DistributedSampler) for sampler in inner)
+
+
+def _index_name(source: Any) -> str | None:
+    """Which of a loader's samplers gives the indices of its batches; None without indices."""
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return None
+    return "sampler" if source.batch_sampler is None else "batch_sampler"
+
+
+class _Share:
+    """Every N-th entry of an iterable, begun at that of this process.
+
+    Args:
+        source: the iterable, the same in all processes.
+        processes: these.
+        measure: the samples of an entry.
+        is_even: whether entries that have no equals in all processes are dropped.
+        is_common: whether the random numbers of its passes are to be those of the main process.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        processes: Processes,
+        measure: Callable[[Any], int],
+        *,
+        is_even: bool,
+        is_common: bool = False,
+    ) -> None:
+        self._source = source
+        self._processes = processes
+        self._measure = measure
+        self._is_even = is_even
+        self._is_common = is_common
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_source":
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        entries = self._pass()
+        if not self._is_even:
+            yield from (e for n, e in enumerate(entries) if self._is_own(n))
+            return
+        group: list[Any] = []
+        for entry in entries:
+            group.append(entry)
+            if len(group) == self._processes.count:
+                if self._is_full(group):
+                    yield group[self._processes.rank]
+                group = []
+
+    def __len__(self) -> int:
+        count, rank = self._processes.count, self._processes.rank
+        if not self._is_even:
+            return (len(self._source) - rank + count - 1) // count
+        source = self._source
+        if type(source) is BatchSampler:
+            return len(source.sampler) // (count * source.batch_size)  # type: ignore[arg-type]
+        return len(source) // count
+
+    def _is_full(self, group: list[Any]) -> bool:
+        """Whether the batches have the size that the sampler promises, if it does."""
+        size = getattr(self._source, "batch_size", None)
+        return size is None or all(self._measure(entry) == size for entry in group)
+
+    def _is_own(self, number: int) -> bool:
+        return number % self._processes.count == self._processes.rank
+
+    def _pass(self) -> Iterator[Any]:
+        """One pass, whose samplers draw what they do at its beginning."""
+        if not self._is_common:
+            yield from self._source
+            return
+        with _streams_of_main(self._source, self._processes):
+            iterator = iter(self._source)
+            first = list(_take_one(iterator))
+        yield from first
+        yield from iterator
+
+
+def _take_one(iterator: Iterator[Any]) -> Iterator[Any]:
+    for entry in iterator:
+        yield entry
+        return
+
+
+@contextmanager
+def _streams_of_main(sampler: Any, processes: Processes) -> Iterator[None]:
+    """Draws from the streams of the main process.
+
+    Its own go on as if it were alone; those of the others stay where they were, except for
+    generators that the sampler has, which are the same everywhere behind it.
+    """
+    held = (getattr(s, "generator", None) for s in (sampler, getattr(sampler, "sampler", None)))
+    own = [generator for generator in held if isinstance(generator, torch.Generator)]
+    found = processes.exchange(_spell(own) if processes.is_main else None)[0]
+    if processes.is_main:
+        yield
+        return
+    with preserved_randomness():
+        torch_state, python_state, *states = found
+        torch.set_rng_state(_tensor(torch_state))
+        random.setstate((python_state[0], tuple(python_state[1]), python_state[2]))
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(_tensor(state))
+        yield
+
+
+def _spell(generators: list[torch.Generator]) -> list[Any]:
+    states = [g.get_state() for g in generators]
+    return [_text(torch.get_rng_state()), random.getstate(), *map(_text, states)]
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode()
+
+
+def _tensor(text: str) -> torch.Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
