@@ -164,7 +164,7 @@ CASES["kept seldom"] = partial(
 )
 CASES["forward"] = partial(bilevel, "unroll_forward", low_options={"inner_steps": 2})
 CASES["warm"] = partial(bilevel, Neumann(warm_start=True, product="forward"))
-CASES["micro-batches"] = partial(bilevel, "minres", low_options={"accumulate": 2})
+CASES["micro-batches"] = partial(bilevel, "neumann", low_options={"accumulate": 2})
 
 
 def feedback(parts):

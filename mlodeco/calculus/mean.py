@@ -47,7 +47,8 @@ def shared(values: Mapping[str, Tree], mean: Mean | None) -> dict[str, Tree]:
     """The same values, whose cotangents are averaged on their way back.
 
     With them the derivatives of a local loss are those of its mean over processes, to any order:
-    the derivative of a mean of cotangents is the identity, since all processes hold one.
+    the derivative of a mean of cotangents gives each process its own use of what all hold alike,
+    whose derivative is a mean again.
     """
     entries = [(n, key) for n, tree in values.items() for key in tree if tree[key].requires_grad]
     if mean is None or not entries:
@@ -64,11 +65,11 @@ class _Shared(torch.autograd.Function):
     """The identity; backward the mean."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Mean, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, mean: Mean, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.mean = mean
-        ctx.like = {str(number): t.detach() for number, t in enumerate(tensors)}
+        ctx.like = {str(n): t.detach() for n, t in enumerate(tensors) if t is not None}
         ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -77,17 +78,18 @@ class _Shared(torch.autograd.Function):
 
 
 class _Averaged(torch.autograd.Function):
-    """The mean; backward the identity."""
+    """The mean; backward the identity, which is that of what all processes hold alike."""
 
     @staticmethod
     def forward(
         ctx: Any, mean: Mean, like: Tree, *cotangents: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        ctx.mean = mean
         ctx.set_materialize_grads(False)
         given = {str(number): c for number, c in enumerate(cotangents) if c is not None}
         (found,) = mean([given], [like])
-        return tuple(found.get(key) for key in like)
+        return tuple(found.get(str(number)) for number in range(len(cotangents)))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        return None, None, *cotangents
+        return None, None, *_Shared.apply(ctx.mean, *cotangents)  # type: ignore[no-untyped-call]
