@@ -5,7 +5,6 @@ As a script: one of several processes, which runs the cases named and writes wha
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -156,9 +155,7 @@ METHODS = {
 
 CASES = {f"bilevel {name}": partial(bilevel, method) for name, method in METHODS.items()}
 CASES |= {f"chain {name}": partial(chain, method) for name, method in METHODS.items()}
-CASES["kept graphs"] = partial(
-    bilevel, Unroll(keep_graph=True), low_options={"inner_steps": 3}
-)
+CASES["kept graphs"] = partial(bilevel, Unroll(keep_graph=True), low_options={"inner_steps": 3})
 CASES["kept seldom"] = partial(
     bilevel, Unroll(checkpoint_every=2, product="difference"), low_options={"inner_steps": 3}
 )
@@ -197,6 +194,39 @@ def feedback(parts):
 CASES["nested"] = feedback
 
 
+def tasks(parts):
+    """Two replicas that start from the level above, on data that are no DataLoader."""
+    program = Program()
+    sgd = partial(SGD, lr=0.1)
+    x, y = data(5, 16)
+    batch = x.view(2, 8, 3), y.view(2, 8)
+
+    @program.level(
+        "task",
+        module=net,
+        optimizer=sgd,
+        data=[batch],
+        init_from="start",
+        inner_steps=2,
+        replicas=2,
+    )
+    def task(model, batch):
+        x, y = batch
+        return ((model(x)[:, 0] - y) ** 2).mean()
+
+    @program.level(
+        "start", lower=["task"], hypergrad="unroll", module=net, optimizer=sgd, data=[batch]
+    )
+    def start(model, batch, task):
+        x, y = batch
+        return ((task(x)[:, 0] - y) ** 2).mean()
+
+    return program
+
+
+CASES["tasks"] = tasks
+
+
 def state(program):
     return {
         f"{name}.{key}": t.detach().clone()
@@ -208,9 +238,197 @@ def state(program):
 def train(case, parts, **options):
     """The parameters and losses behind a run of a case."""
     program = CASES[case](parts)
-    options.setdefault("nested", case == "nested")
-    runner = Runner(program, seed=3, **options)
-    runner.run(STEPS)
+    is_nested = case == "nested"
+    runner = Runner(program, seed=3, nested=is_nested, **options)
+    runner.run(3 if is_nested else STEPS)
     losses = {name: runner.history.losses(name) for name in program.levels}
     norms = [record.grad_norm for record in runner.history.steps]
     return {"state": state(program), "losses": losses, "norms": norms}
+
+
+def count_collectives(method, **options):
+    """The collectives of each hypergradient of the upper level."""
+    program = bilevel(method, 2)
+    seen = []
+
+    @program.on("before_step", level="top")
+    def before(ctx):
+        seen.append(ctx.processes.collectives)
+
+    @program.on("hypergradient", level="top")
+    def after(ctx):
+        seen[-1] = ctx.processes.collectives - seen[-1]
+
+    Runner(program, seed=3, **options).run(3)
+    return {"seen": seen, "state": state(program)}
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(range(22))
+
+
+def samples():
+    """The sample numbers of every batch that a level sees, for several kinds of data."""
+    numbers = TensorDataset(torch.arange(22))
+    dataset = torch.utils.data.StackDataset(torch.arange(22))
+    kinds = {
+        "in order": DataLoader(numbers, batch_size=4),
+        "shuffled": DataLoader(numbers, batch_size=4, shuffle=True),
+        "own generator": DataLoader(
+            numbers, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5)
+        ),
+        "drop_last": DataLoader(numbers, batch_size=4, drop_last=True),
+        "single": DataLoader(dataset, batch_size=None),
+        "stream": DataLoader(Numbers(), batch_size=4),
+        "list": [torch.arange(22)],
+        "distributed": DataLoader(
+            numbers,
+            batch_size=4,
+            sampler=torch.utils.data.DistributedSampler(numbers, shuffle=False),
+        )
+        if torch.distributed.is_initialized()
+        else [],
+    }
+    return {name: _seen(value) for name, value in kinds.items() if value != []}
+
+
+def _seen(batches):
+    program = Program()
+    seen, ends = [], []
+
+    @program.level("one", module=vector(), optimizer=partial(SGD, lr=0.1), data=batches)
+    def one(m, batch):
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+        seen.append(first.reshape(-1).tolist())
+        return (m.x**2).sum()
+
+    @program.on("epoch_end")
+    def end(ctx):
+        ends.append(ctx.step)
+
+    mlodeco.run(5, program=program, progress="off", seed=int(os.environ.get("RANK", "0")) and 7)
+    return {"seen": seen[1:], "ends": ends}  # the first call is a probe
+
+
+def stops():
+    program = bilevel("identity", 2)
+
+    @program.on("after_step", level="top")
+    def stop(ctx):
+        if ctx.processes.rank == 1 and ctx.tick == 4:
+            ctx.stop("enough of it")
+
+    result = mlodeco.run(9, program=program, progress="off")
+    return {"reason": result.stop_reason, "ticks": result.ticks}
+
+
+def validated(parts):
+    """Metrics over data whose batches no number of processes divides."""
+    program = bilevel("identity", parts)
+    calls = []
+
+    @program.validate(
+        every=2, data=loader(9, 2, count=27, shuffle=True), monitor="error", mode="min", patience=2
+    )
+    def error(low, batch, ctx):
+        x, y = batch
+        calls.append(len(x))
+        return {"error": ((low(x)[:, 0] - y) ** 2).mean(), "rises": float(ctx.tick)}
+
+    @program.validate(every=2, monitor="rises", mode="min", patience=2)
+    def other(low, ctx):
+        own = {"own": 1.0} if ctx.processes.rank == 0 else {}
+        return {"rises": float(ctx.tick + ctx.processes.rank), **own}
+
+    result = mlodeco.run(20, program=program, progress="off", seed=3)
+    return {
+        "metrics": [record.metrics for record in result.history.validations],
+        "reason": result.stop_reason,
+        "calls": calls,
+    }
+
+
+def buffers():
+    """A network whose buffers and random numbers follow each process's own data."""
+    program = Program()
+
+    @program.level(
+        "low",
+        module=lambda: nn.Sequential(net(), nn.BatchNorm1d(1).double(), nn.Dropout(0.5)),
+        optimizer=partial(SGD, lr=0.1),
+        data=loader(1, 2),
+    )
+    def low(model, batch, ctx):
+        x, y = batch
+        ctx.log(drawn=torch.rand((), generator=ctx.generator))
+        return ((model(x)[:, 0] - y) ** 2).mean()
+
+    result = mlodeco.run(3, program=program, progress="off", seed=3)
+    return {"state": state(program), "drawn": [r.metrics["drawn"] for r in result.history.steps]}
+
+
+def told():
+    program = bilevel("identity", 2)
+    seen = []
+
+    @program.on("after_step", level="top")
+    def look(ctx):
+        own = torch.tensor(float(ctx.processes.rank))
+        seen.append((ctx.is_main, ctx.gather(own), ctx.gather(own.expand(2, 2))))
+
+    mlodeco.run(1, program=program, progress="plain")
+    return seen
+
+
+def refused():
+    """The message of an error that all processes meet alike."""
+    try:
+        mlodeco.run(1, program=bilevel("identity", 2), reduce="onse")
+    except mlodeco.MlodecoError as error:
+        return str(error)
+    return ""
+
+
+def healthy():
+    """Everything that goes well, in one launch."""
+    found = {case: train(case, 2) for case in CASES}
+    for name in ("neumann", "sama", "unroll", "cg"):
+        found[f"once {name}"] = count_collectives(METHODS[name], reduce="once")
+    found["exact"] = count_collectives("neumann")
+    extra = (samples, stops, buffers, told, refused)
+    return found | {f.__name__: f() for f in extra} | {"validated": validated(2)}
+
+
+def failing(what):
+    """Ends by an error in one process, or by its death."""
+    program = bilevel("neumann", 2)
+    rank = int(os.environ["RANK"])
+
+    @program.on("before_step", level="top")
+    def fail(ctx):
+        if ctx.tick == 3 and rank == 1:
+            if what == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "raises":
+                raise ValueError("words of my own")
+
+    @program.level("third", module=lambda: vector(3 + rank * (what == "differs")))
+    def third(m):
+        return (m.x**2).sum()
+
+    program.update("third")(lambda params, grads: params)
+    begin = time.monotonic()
+    try:
+        mlodeco.run(9, program=program, progress="off")
+        return {"message": ""}
+    except Exception as error:
+        return {"message": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - begin}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", mlodeco.MlodecoWarning)
+    torch.set_num_threads(1)
+    out, what = Path(sys.argv[1]), sys.argv[2]
+    found = healthy() if what == "healthy" else failing(what)
+    torch.save(found, out / f"{os.environ['RANK']}.pt")

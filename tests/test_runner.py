@@ -1055,7 +1055,7 @@ def test_a_level_that_never_had_its_turn_is_named_at_the_end():
     assert "'top' never" in result.stop_reason
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_processes_that_the_accelerator_does_not_see_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     program = bilevel(batches(1), batches(1))
     with pytest.raises(RunError, match="processes"):

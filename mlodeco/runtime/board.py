@@ -37,6 +37,7 @@ class Board:
         self._count = count
         self._round = 0
         self._has_ended = False
+        self._gone: list[int] = []
 
     def report(self, error: BaseException) -> None:
         """Tells the others of an error, the first one's that has some, and lets them read it.
@@ -46,7 +47,7 @@ class Board:
         if self._has_ended:
             return
         self._has_ended = True
-        text = f"{type(error).__name__}: {error}"
+        text = "\n  ".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())))
         try:
             self._store.compare_set("error", "", json.dumps([self._rank, text]))
             self._store.add("ended", 1)
@@ -58,7 +59,8 @@ class Board:
     def _wait_for_others(self) -> None:
         """The store may end with this process, and a launcher ends the others then."""
         until = time.monotonic() + _FAREWELL
-        while self._store.add("ended", 0) < self._count and time.monotonic() < until:
+        alive = self._count - len(self._gone)
+        while self._store.add("ended", 0) < alive and time.monotonic() < until:
             time.sleep(0.01)
 
     def check(self) -> None:
@@ -110,6 +112,7 @@ class Board:
         while waits and time.monotonic() < until:
             waits = [rank for rank in waits if not self._store.check([f"here/{rank}"])]
             time.sleep(0.02)
+        self._gone = waits
         return waits
 
     @contextmanager
