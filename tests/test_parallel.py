@@ -189,10 +189,9 @@ def test_a_process_that_was_killed_is_named(tmp_path):
     assert first["seconds"] < 15.0
 
 
-def test_processes_with_other_modules_are_refused(tmp_path):
-    found, _ = launch(tmp_path, "differs")
-    for one in found:
-        assert "differ from process 0 in the names and shapes" in one["message"]
+def test_processes_with_other_modules_are_refused(healthy):
+    for found in healthy[0]:
+        assert "differ from process 0 in the names and shapes" in found["differs"]["message"]
 
 
 SCRIPT = """

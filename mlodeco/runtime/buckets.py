@@ -40,7 +40,7 @@ def _tree(like: Mapping[str, Tensor], found: Iterator[tuple[Tensor, float]]) -> 
     for key, t in like.items():
         part, present = next(found)
         if present:
-            whole = part.to(t.real.dtype) if t.is_complex() else part.to(t.dtype)
+            whole = part.to(t.real.dtype).clone() if t.is_complex() else part.to(t.dtype)
             shaped = torch.view_as_complex(whole.view(*t.shape, 2)) if t.is_complex() else whole
             result[key] = shaped.view(t.shape)
     return result

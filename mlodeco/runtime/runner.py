@@ -185,7 +185,8 @@ class Runner:
         self._run_seed = torch.initial_seed() if seed is None else seed
         self._take_over()
         for number, generator in enumerate(self._generators.values()):
-            own = self._run_seed + number + (processes.rank << 32)
+            # small numbers: a stream on a CPU is seeded by the lowest 32 bits
+            own = self._run_seed + number + 1_000_003 * processes.rank
             generator.manual_seed(own % 2**63)
 
     def _make_recorders(self) -> dict[str, Recorder]:
