@@ -21,7 +21,8 @@ class Rule:
     """``(w', s') = rule(w, g, s)``, with the modules of the levels that it reads.
 
     Attributes:
-        function: the rule; its items are those of "params", "grads" and "state" that it takes.
+        function: the rule, at its own place; its items are those of "params", "grads" and
+            "state" that it takes.
         takes: these.
         clip_norm: the largest norm of the gradient; None for no clipping.
     """
@@ -43,7 +44,8 @@ class Rule:
         """
         with torch.no_grad():
             found = self._call(before, clip(gradients, self.clip_norm), values)
-        state: Any = _mapped(found.state, "", lambda _, tensor: tensor.detach())
+        # copies: a state may be made of the parameters that the rule reads, which will move
+        state: Any = _mapped(found.state, "", lambda _, tensor: tensor.detach().clone())
         return Iterate({key: t.detach() for key, t in found.parameters.items()}, state)
 
     def apply(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
@@ -80,7 +82,12 @@ class Rule:
         }
         items = {name: offered[name] for name in self.takes}
         state = self.function.state({level: values[level] for level in self.reads})
-        returned = self.function.within(state, lambda: self.function.module.forward(items))
+        try:
+            returned = self.function.within(state, lambda: self.function.module.forward(items))
+        except Exception as error:
+            where = f"level {self.function.level!r} ({self.function.site})"
+            error.add_note(f"raised in the update rule of {where}")
+            raise
         return self._checked(returned, before)
 
     def _checked(self, returned: Any, before: Iterate) -> Iterate:
@@ -92,13 +99,18 @@ class Rule:
             raise self._refusal(f"returned {kinds}")
         for key, value in before.parameters.items():
             found = parameters.get(key)
-            if not isinstance(found, Tensor) or found.shape != value.shape:
-                what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise self._refusal(f"returned {what} for {key!r}, of shape {tuple(value.shape)}")
+            if not isinstance(found, Tensor):
+                raise self._refusal(f"returned {type(found).__name__} for {key!r}")
+            if not found.is_floating_point():
+                raise self._refusal(f"returned {found.dtype} for {key!r}, of {value.dtype}")
+            if found.shape != value.shape:
+                shapes = f"{tuple(found.shape)} for {key!r}, of shape {tuple(value.shape)}"
+                raise self._refusal(f"returned {shapes}")
         unknown = [key for key in parameters if key not in before.parameters]
         if unknown:
             raise self._refusal(f"returned parameters {quoted(map(str, unknown))}")
-        return Iterate({key: parameters[key] for key in before.parameters}, dict(state))
+        moved = {key: parameters[key].to(value) for key, value in before.parameters.items()}
+        return Iterate(moved, dict(state))
 
     def _refusal(self, what: str) -> OptimizerError:
         return OptimizerError(
@@ -116,8 +128,8 @@ def _mapped(value: Any, path: str, change: Callable[[str, Tensor], Tensor]) -> A
     if isinstance(value, Tensor):
         return change(path, value)
     if isinstance(value, Mapping):
-        return {key: _mapped(part, f"{path}/{key}", change) for key, part in value.items()}
+        return {key: _mapped(part, f"{path}[{key!r}]", change) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        parts = [_mapped(part, f"{path}/{n}", change) for n, part in enumerate(value)]
+        parts = [_mapped(part, f"{path}[{n}]", change) for n, part in enumerate(value)]
         return parts if isinstance(value, list) else tuple(parts)
     return value

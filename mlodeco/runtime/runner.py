@@ -292,9 +292,9 @@ class Runner:
                 self._hooks.listens_to_gradients or self.built.graph.lower[name]
             ):
                 recorder.use_gradient(trainer.gradients())
-            norm = trainer.clip()
-        rate, metrics = trainer.learning_rate, _numbers(found.metrics)
-        trainer.apply()
+            norm, rate = trainer.clip(), trainer.learning_rate
+            trainer.apply()
+        metrics = _numbers(found.metrics)
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -424,7 +424,7 @@ class Runner:
             self._fire("after_backward", name, ctx, **extras)
             trainer.tune()
             trainer.clip()
-        trainer.apply()
+            trainer.apply()
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Trainer:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
         self.scheduler = make_scheduler(level, self.optimizer) if self.optimizer else None
-        self.rule_state: Mapping[str, Any] = {}
+        self._rule_state: Mapping[str, Any] = {}
         self._built = built
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
@@ -62,6 +62,16 @@ class Trainer:
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
         self._generator_before = torch.Generator().get_state()
+
+    @property
+    def rule_state(self) -> Mapping[str, Any]:
+        """What the level's update rule carries on."""
+        return self._rule_state
+
+    @rule_state.setter
+    def rule_state(self, state: Mapping[str, Any]) -> None:
+        # for hypergradients too, which know the level alone
+        self._rule_state = self.level.rule_state = state
 
     @property
     def epoch(self) -> int:
@@ -226,7 +236,9 @@ class Trainer:
 
     def _apply_rule(self, rule: Rule) -> None:
         before = Iterate(frozen(self.level.parameters), self.rule_state)
-        after = rule.advance(before, self.gradients(), self._built.values(rule.reads))
+        # the gradients are clipped already
+        unclipped = replace(rule, clip_norm=None)
+        after = unclipped.advance(before, self.gradients(), self._built.values(rule.reads))
         with torch.no_grad():
             for key, parameter in self.level.parameters.items():
                 parameter.copy_(after.parameters[key])

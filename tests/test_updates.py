@@ -1,0 +1,690 @@
+"""Update rules, tuned options and levels solved on given batches, against loops written out."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+
+import mlodeco
+from mlodeco import Program, Runner
+from mlodeco.errors import (
+    OptimizerError,
+)
+from mlodeco.hypergrad import Sama, Unroll, UnrollForward
+from tests.problems import network, randn
+from tests.test_purity import same
+from tests.unrolling import (
+    FEATURES,
+    Plan,
+    Swapped,
+    gradients,
+    leaves_of,
+    minibatch,
+    plan,
+    relative,
+    roll,
+    samples,
+    values_of,
+)
+from tests.updates import (
+    DATA,
+    RULES,
+    TOP_BATCH,
+    Ruled,
+    captured,
+    close,
+    cut,
+    judged,
+    momentum,
+    numbers,
+    parameters,
+    plain,
+    vector,
+)
+
+CLOSE = 1e-9
+
+METHODS = {
+    "plain": Unroll(),
+    "checkpoints": Unroll(checkpoint_every=3),
+    "graphs": Unroll(keep_graph=True),
+    "forward": UnrollForward(),
+}
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def call(case, way):
+    """Takes a step of the lower level, one way or another."""
+    if way == "run":
+        mlodeco.run(1, program=case.program, progress="off")
+    elif way == "solve":
+        mlodeco.solve("low", steps=1, program=case.program)
+    else:
+        case.found(UnrollForward() if way == "forward" else Unroll())
+
+
+def reading(low, batch, top):
+    return plain(low, batch) + 0.2 * (vector(low) ** 2).sum() * top.log_lr.exp()
+
+
+# update rules
+
+
+@pytest.mark.parametrize("bound", [None, 0.7])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_differentiated(name, method, bound):
+    case = Ruled(name, clip_norm=bound)
+    wanted = case.wanted()
+    assert relative(case.found(METHODS[method]), wanted) < CLOSE
+    assert all(float(g.norm()) > 1e-4 for g in wanted.values() if g.numel() > 6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_reads_the_level_of_the_rule_too(method):
+    case = Ruled("momentum", low=reading)
+    assert relative(case.found(METHODS[method]), case.wanted()) < CLOSE
+
+
+@pytest.mark.parametrize("make", [Unroll, UnrollForward])
+@pytest.mark.parametrize("truncate", [1, 3, 9])
+@pytest.mark.parametrize("name", ["counted", "learned"])
+def test_a_rule_truncated(name, truncate, make):
+    case = Ruled(name)
+    found = case.found(make(truncate=truncate))
+    assert relative(found, case.wanted(truncate=truncate)) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["momentum", "counted", "learned"])
+def test_a_rule_with_constant_gradients(name):
+    """What the update itself reads still has its derivative."""
+    case = Ruled(name)
+    found = case.found(Unroll(first_order=True))
+    assert relative(found, case.wanted(first_order=True)) < CLOSE
+
+
+@pytest.mark.parametrize("bound", [None, 0.7])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_in_a_run(name, method, bound):
+    case = Ruled(name, 3, hypergrad=METHODS[method], clip_norm=bound)
+    wanted, h, w, _ = case.simulated(3)
+    found = captured(case.program, 9)
+    assert len(found) == 3
+    assert all(relative(one, other) < CLOSE for one, other in zip(found, wanted, strict=True))
+    assert close(values_of(case.hyper), h)
+    assert close(values_of(case.model), w)
+
+
+@pytest.mark.parametrize("name", ["momentum", "counted"])
+def test_after_a_run_a_rule_goes_on_with_its_state(name):
+    case = Ruled(name, 3)
+    *_, state = case.simulated(2)
+    mlodeco.run(6, program=case.program, progress="off")
+    assert relative(case.found(Unroll()), case.wanted(state)) < CLOSE
+    assert relative(case.found(Unroll()), case.wanted()) > 1e-6
+
+
+def test_a_second_run_begins_with_an_empty_state():
+    case = Ruled("counted", 3)
+    states = []
+    rule = case.program.updates["low"].function
+    assert rule is RULES["counted"][0]
+    for _ in range(2):
+        runner = Runner(case.program)
+        runner.step()
+        states.append(runner.built.levels["low"].rule_state["n"])
+    assert states == [1, 1]
+
+
+def test_of_two_runners_each_goes_on_with_its_own_state():
+    case = Ruled("counted", 3)
+    one, two = Runner(case.program), Runner(case.program)
+    for runner in (one, two, one):
+        runner.step()
+    assert two.built.levels["low"].rule_state["n"] == 2
+    two.step()
+    assert two.built.levels["low"].rule_state["n"] == 2
+
+
+def sama_by_hand(case, state):
+    """``-(dg/dh)^T (dU/dg)^T b``, the rule's own reads held."""
+    h, w = leaves_of(case.hyper), leaves_of(case.model)
+    b = torch.autograd.grad(case.value(h, w), list(w.values()))
+    found = torch.autograd.grad(
+        case.loss(w, DATA[0], h), list(w.values()), create_graph=True, allow_unused=True
+    )
+    g = {k: f.detach().requires_grad_() for k, f in zip(w, found, strict=True)}
+    after, _ = case.rule(cut(w), g, state, Swapped(case.hyper, cut(h)))
+    v = torch.autograd.grad([after[k] for k in w], list(g.values()), list(b))
+    indirect = torch.autograd.grad(found, list(h.values()), v, materialize_grads=True)
+    direct = torch.autograd.grad(case.value(h, cut(w)), list(h.values()), materialize_grads=True)
+    return {k: d + i for k, d, i in zip(h, direct, indirect, strict=True)}
+
+
+@pytest.mark.parametrize("ticks", [0, 6])
+@pytest.mark.parametrize("name", ["momentum", "counted"])
+def test_sama_through_a_rule(name, ticks):
+    case = Ruled(name, 3, low=reading)
+    state = case.simulated(ticks // 3)[-1] if ticks else {}
+    if ticks:
+        mlodeco.run(ticks, program=case.program, progress="off")
+    found = case.found(Sama(), batches={"low": DATA[0], "top": TOP_BATCH})
+    assert relative(found, sama_by_hand(case, state)) < CLOSE
+
+
+def test_sama_in_a_run_sees_the_state_behind_the_last_step():
+    """The rule is linear in the gradient, so that the batch does not matter."""
+    case, twin = (Ruled("counted", 3, low=reading, hypergrad=Sama()) for _ in range(2))
+    _, _, w, state = twin.simulated(1)
+    (found,) = captured(case.program, 3)
+    with torch.no_grad():
+        for k, p in twin.model.named_parameters():
+            p.copy_(w[k])
+    assert relative(found, sama_by_hand(twin, state)) < CLOSE
+
+
+def test_a_rule_that_writes_to_its_arguments_changes_nothing_outside():
+    case = Ruled("in_place", 3)
+    mlodeco.run(4, program=case.program, progress="off")
+    level = case.program.built.levels["low"]
+    before = copy.deepcopy([parameters(case.model), parameters(case.hyper), cut(level.rule_state)])
+    gradient = {k: p.grad.clone() for k, p in case.model.named_parameters()}
+    for method in METHODS.values():
+        case.found(method)
+    mlodeco.solve("low", steps=3, batches={"low": DATA[:3]}, program=case.program)
+    after = [parameters(case.model), parameters(case.hyper), cut(level.rule_state)]
+    assert same(before[:2], after[:2])
+    assert close(before[2], after[2], 0)
+    assert close({k: p.grad for k, p in case.model.named_parameters()}, gradient, 0)
+
+
+def test_a_state_that_is_the_parameters_of_the_level_above_keeps_their_values():
+    seen = []
+
+    def rule(params, grads, state, top):
+        seen.append(None if "at" not in state else state["at"].clone())
+        return {k: p - top.log_lr.exp() * grads[k] for k, p in params.items()}, {"at": top.log_lr}
+
+    case = Ruled(rule=rule, steps=1)
+    first = case.hyper.log_lr.item()
+    runner = Runner(case.program)
+    runner.step()
+    assert case.hyper.log_lr.item() != first
+    seen.clear()
+    runner.step()
+    assert float(seen[0]) == first
+
+
+BAD_RETURNS = {
+    "nothing": (lambda params, grads, top: None, "returned NoneType"),
+    "parameters alone": (lambda params, grads, top: params, "returned dict"),
+    "a tuple of three": (lambda params, grads, top: (params, {}, 0), "returned tuple"),
+    "no state": (lambda params, grads, top: (params, None), "(dict, NoneType)"),
+    "a list": (lambda params, grads, top: (list(params.values()), {}), "(list, dict)"),
+    "a missing key": (lambda params, grads, top: ({"w": params["w"]}, {}), "NoneType for 'b'"),
+    "a number": (lambda params, grads, top: ({**params, "b": 1.0}, {}), "float for 'b'"),
+    "another shape": (
+        lambda params, grads, top: ({**params, "b": params["w"]}, {}),
+        "(4,) for 'b', of shape (2,)",
+    ),
+    "integers": (
+        lambda params, grads, top: ({**params, "b": params["b"].long()}, {}),
+        "torch.int64 for 'b'",
+    ),
+    "an unknown key": (
+        lambda params, grads, top: ({**params, "c": params["w"]}, {}),
+        "returned parameters 'c'",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["run", "hypergradient", "solve", "forward"])
+@pytest.mark.parametrize("kind", BAD_RETURNS)
+def test_wrong_returns_of_a_rule(kind, way):
+    rule, what = BAD_RETURNS[kind]
+    case = Ruled(rule=rule, steps=2)
+    before = parameters(case.model)
+    with pytest.raises(OptimizerError) as found:
+        call(case, way)
+    assert what in str(found.value)
+    assert found.value.level == "low"
+    assert f"test_updates.py:{rule.__code__.co_firstlineno}" in found.value.site
+    assert same(before, parameters(case.model))
+
+
+@pytest.mark.parametrize("way", ["run", "hypergradient"])
+def test_a_rule_that_raises_is_named(way):
+    def rule(params, grads, top):
+        raise KeyError("of mine")
+
+    case = Ruled(rule=rule, steps=2)
+    with pytest.raises(KeyError, match="of mine") as found:
+        call(case, way)
+    notes = " ".join(found.value.__notes__)
+    assert "update rule of level 'low'" in notes
+    assert f"test_updates.py:{rule.__code__.co_firstlineno}" in notes
+
+
+def test_a_rule_that_raises_leaves_the_level_before_its_step():
+    is_bad = []
+
+    def rule(params, grads, state, top):
+        if is_bad:
+            raise KeyError("once")
+        return momentum(params, grads, state, top)
+
+    case, twin = Ruled(rule=rule, steps=2), Ruled("momentum", 2)
+    runner = Runner(case.program, seed=0)
+    runner.step()
+    before = [parameters(case.model), [p.grad.clone() for p in case.model.parameters()]]
+    is_bad.append(True)
+    with pytest.raises(KeyError, match="once") as found:
+        runner.step()
+    assert "tick 2" in " ".join(found.value.__notes__)
+    assert same(before, [parameters(case.model), [p.grad for p in case.model.parameters()]])
+    is_bad.clear()
+    runner.step()
+    # the second batch is gone with the step that failed
+    h, w = leaves_of(twin.hyper), values_of(twin.model)
+    w, _ = twin.rolled(h, w, [DATA[0], DATA[2]])
+    assert close(values_of(case.model), w)
+    wanted = gradients(twin.value(h, w), h)
+    assert close({k: p.grad for k, p in case.hyper.named_parameters()}, wanted)
+
+
+def test_parameters_in_another_precision_are_taken_in_their_own():
+    def rule(params, grads, top):
+        return {k: (p - top.log_lr.exp() * grads[k]).float() for k, p in params.items()}, {}
+
+    case = Ruled(rule=rule, steps=3)
+    assert case.found(Unroll())["log_lr"].dtype == torch.float64
+    solved = mlodeco.solve("low", steps=3, batches={"low": DATA[:3]}, program=case.program)
+    mlodeco.run(2, program=case.program, progress="off")
+    assert [p.dtype for p in case.model.parameters()] == [torch.float64] * 2
+    assert [p.dtype for p in solved.parameters()] == [torch.float64] * 2
+
+
+def test_paths_of_a_state_are_told_apart():
+    def rule(params, grads, state, top):
+        one, two = state.get("a", {}).get("b", 0.0), state.get("a/b", 0.0)
+        g = grads["b"]
+        one, two = 0.5 * one + g, 0.3 * two + g**2
+        rate = top.log_lr.exp()
+        return {
+            "w": params["w"] - rate * grads["w"],
+            "b": params["b"] - rate * one - 0.1 * rate * two,
+        }, {"a": {"b": one}, "a/b": two}
+
+    case = Ruled(rule=rule)
+    assert relative(case.found(Unroll()), case.wanted()) < CLOSE
+    assert relative(case.found(UnrollForward()), case.wanted()) < CLOSE
+
+
+# Reptile
+
+
+EPS = 0.25
+
+
+def reptile(ticks):
+    program = Program()
+    init = {"w": randn(4, seed=1), "b": randn(2, seed=2)}
+
+    @program.level(
+        "weights",
+        module={k: torch.zeros_like(v) for k, v in init.items()},
+        optimizer=partial(SGD, lr=0.05, momentum=0.5),
+        init_from="init",
+        inner_steps=3,
+        data=DATA,
+    )
+    def weights(low, batch):
+        return plain(low, batch)
+
+    @program.level("init", lower=["weights"], module=init, hypergrad=None, data=[TOP_BATCH])
+    def start(top, batch, weights):
+        return judged(top, batch, weights)
+
+    @program.update("init")
+    def move(params, weights):
+        ends = dict(weights.named_parameters())
+        return {k: p + EPS * (ends[k] - p) for k, p in params.items()}, {}
+
+    mlodeco.run(ticks, program=program, progress="off")
+    return values_of(program.module("init")), values_of(program.module("weights"))
+
+
+def test_reptile_moves_towards_the_end_of_each_loop():
+    found, end = reptile(9)
+    start = {"w": randn(4, seed=1), "b": randn(2, seed=2)}
+    for turn in range(3):
+        module = nn.ParameterDict({k: v.clone() for k, v in start.items()})
+        optimizer = SGD(module.parameters(), lr=0.05, momentum=0.5)
+        for t in range(3):
+            optimizer.zero_grad()
+            plain(module, DATA[(3 * turn + t) % 7]).backward()
+            optimizer.step()
+        ended = values_of(module)
+        start = {k: p + EPS * (ended[k] - p) for k, p in start.items()}
+    assert close(found, start, 1e-12)
+    assert close(end, ended, 1e-12)
+
+
+# tuned options
+
+
+TUNED = {
+    name: torch.tensor(value, dtype=torch.float64)
+    for name, value in {"log_lr": -2.5, "log_decay": -2.0, "one": 0.4, "two": 0.6}.items()
+}
+"""The parameters of the level that tunes."""
+
+LR = {"lr": lambda hyper: hyper.log_lr.exp()}
+DECAY = {"weight_decay": lambda hyper: hyper.log_decay.exp()}
+MOMENTUM = {"momentum": lambda hyper: hyper.one.sigmoid()}
+BETAS = {"betas": lambda hyper: (hyper.one.sigmoid(), hyper.two.sigmoid())}
+EPS_ = {"eps": lambda hyper: 1e-2 * hyper.two.exp()}
+
+SGD_M = partial(SGD, lr=0.1, momentum=0.7)
+CASES = {
+    "sgd_lr": (partial(SGD, lr=1.0), LR),
+    "sgd_all": (partial(SGD, lr=1.0, momentum=0.1), LR | DECAY | MOMENTUM),
+    "sgd_decay": (partial(SGD_M, weight_decay=1.0), DECAY),
+    "sgd_maximize": (partial(SGD, lr=1.0, maximize=True), {"lr": lambda hyper: hyper.one / 90}),
+    "sgd_nesterov": (partial(SGD_M, nesterov=True), LR | DECAY),
+    "sgd_dampening": (partial(SGD_M, dampening=0.3), LR | MOMENTUM),
+    "adam_lr": (partial(Adam, lr=1.0), LR),
+    "adam_from_rest": (partial(Adam, lr=0.0, eps=1e-3), LR),
+    "adam_betas": (partial(Adam, lr=0.1, eps=1e-3), BETAS),
+    "adam_one_beta": (
+        partial(Adam, lr=0.1, eps=1e-3),
+        {"betas": lambda hyper: [hyper.one.sigmoid(), 0.9]},
+    ),
+    "adam_all": (partial(Adam, lr=1.0), LR | DECAY | BETAS),
+    "adam_amsgrad": (partial(Adam, lr=0.1, amsgrad=True, eps=1e-3), LR | DECAY | BETAS),
+    "adam_eps": (partial(Adam, lr=0.1), EPS_),
+    "adamw_decay": (partial(AdamW, lr=0.1), DECAY),
+    "adamw_all": (partial(AdamW, lr=1.0, eps=1e-3), LR | DECAY | BETAS),
+}
+
+
+def own_batches(count, first=0):
+    return [minibatch(first + t) for t in range(count)]
+
+
+class Tuned:
+    """A network with an input that is always zero, trained with learnt options."""
+
+    def __init__(
+        self, optimizer, tune, steps=5, *, hypergrad="unroll", rate=0.1, own=None, **options
+    ):
+        self.optimizer, self.tune, self.steps, self.rate = optimizer, tune, steps, rate
+        self.options = options
+        self.model = network(FEATURES, 3, 1, seed=1)
+        self.top_batch = samples(5, 12)
+        self.program = Program()
+
+        def train(model, batch):
+            return self.loss(model, batch)
+
+        def top(hyper, batch, low):
+            return self.top(hyper, batch, low)
+
+        self.program.level(
+            "low",
+            module=self.model,
+            optimizer=optimizer,
+            tune=tune,
+            inner_steps=steps,
+            data=own_batches(7),
+            **options,
+        )(train)
+        self.program.level(
+            "hyper",
+            lower=["low"],
+            module=TUNED if own is None else own,
+            optimizer=partial(SGD, lr=rate),
+            hypergrad=hypergrad,
+            data=[self.top_batch],
+        )(top)
+        self.hyper = self.program.module("hyper")
+
+    @staticmethod
+    def loss(model, batch):
+        _, x, y = batch
+        return ((model(x)[:, 0] - y) ** 2).mean()
+
+    @staticmethod
+    def top(hyper, batch, low):
+        x, y = batch
+        return ((low(x)[:, 0] - y) ** 2).mean() + 1e-2 * sum(
+            (p**2).sum() for p in hyper.parameters()
+        )
+
+    def found(self, method, **options):
+        batches = {"low": own_batches(self.steps, 50), "hyper": self.top_batch}
+        return mlodeco.hypergradient(
+            "hyper",
+            **{"program": self.program, "batches": batches, "hypergrad": method, **options},
+        )
+
+    def rolled(self, h, start, batches, *, taken=0, **options):
+        steps = plan(
+            self.model, self.optimizer, taken + len(batches), self.options.get("scheduler")
+        )
+        tuned = {name: f(Swapped(self.hyper, h)) for name, f in self.tune.items()}
+        made = [
+            {key: {**group, **tuned} for key, group in groups.items()}
+            for groups in steps.after(taken).steps
+        ]
+        return roll(
+            lambda w, batch: self.loss(Swapped(self.model, w), batch),
+            start,
+            batches,
+            Plan(steps.rule, made),
+            clip_norm=self.options.get("clip_norm"),
+            **options,
+        )
+
+    def value(self, h, w):
+        return self.top(Swapped(self.hyper, h), self.top_batch, Swapped(self.model, w))
+
+    def wanted(self, **options):
+        h = leaves_of(self.hyper)
+        w, _ = self.rolled(h, values_of(self.model), own_batches(self.steps, 50), **options)
+        return gradients(self.value(h, w), h)
+
+    def simulated(self, turns):
+        h, w, states, found, options = values_of(self.hyper), values_of(self.model), {}, [], []
+        for turn in range(turns):
+            h = {n: p.detach().requires_grad_() for n, p in h.items()}
+            view = Swapped(self.hyper, h)
+            with torch.no_grad():
+                options.append({name: numbers(f(view)) for name, f in self.tune.items()})
+            first = turn * self.steps
+            batches = [minibatch((first + t) % 7) for t in range(self.steps)]
+            w, states = self.rolled(h, cut(w), batches, taken=first, states=states)
+            found.append(gradients(self.value(h, w), h))
+            h = {n: p - self.rate * found[-1][n] for n, p in h.items()}
+        return found, cut(h), cut(w), options
+
+
+def reaches(case, wanted):
+    """Whether every tuned option moves where the loop ends."""
+    direct = {n: 2e-2 * p for n, p in values_of(case.hyper).items()}
+    moved = [n for n in direct if float((wanted[n] - direct[n]).abs().max()) > 1e-9]
+    return len(moved) >= len(case.tune)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_tuned_options_are_differentiated(name, method):
+    case = Tuned(*CASES[name])
+    found, wanted = case.found(METHODS[method]), case.wanted()
+    assert all(bool(g.isfinite().all()) for g in found.values())
+    assert reaches(case, wanted)
+    assert relative(found, wanted) < 1e-8
+
+
+@pytest.mark.parametrize("make", [Unroll, UnrollForward])
+@pytest.mark.parametrize("name", ["sgd_all", "adam_all"])
+def test_tuned_options_with_clipping_and_truncation(name, make):
+    case = Tuned(*CASES[name], clip_norm=0.2)
+    assert relative(case.found(make(truncate=3)), case.wanted(truncate=3)) < 1e-8
+
+
+def test_tuned_options_with_constant_gradients():
+    case = Tuned(*CASES["adam_all"])
+    found = case.found(Unroll(first_order=True))
+    assert relative(found, case.wanted(first_order=True)) < 1e-8
+
+
+def executed_options(case, ticks):
+    """What the groups of the optimizer say at each step, and the hypergradients."""
+    found = []
+
+    @case.program.on("after_backward", level="low")
+    def look(optimizer):
+        (group,) = optimizer.param_groups
+        found.append({name: group[name] for name in case.tune})
+
+    return found, captured(case.program, ticks, "hyper")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["sgd_all", "sgd_nesterov", "adam_all", "adamw_all"])
+def test_in_a_run_the_options_are_those_of_the_moment(name, method):
+    case = Tuned(*CASES[name], steps=3, hypergrad=METHODS[method])
+    wanted, h, w, options = case.simulated(3)
+    executed, found = executed_options(case, 9)
+    assert len(found) == 3
+    assert all(relative(one, other) < 1e-8 for one, other in zip(found, wanted, strict=True))
+    assert close(values_of(case.hyper), h, 1e-8)
+    assert close(values_of(case.model), w, 1e-8)
+    for step, group in enumerate(executed):
+        for option, value in options[step // 3].items():
+            assert group[option] == pytest.approx(value, rel=1e-10)
+            assert isinstance(group[option], float | tuple)
+    assert executed[0] != executed[-1]
+
+
+def test_the_records_of_a_run_have_the_tuned_rate():
+    case = Tuned(*CASES["sgd_all"], steps=3)
+    *_, options = case.simulated(2)
+    result = mlodeco.run(6, program=case.program, progress="off")
+    rates = [record.learning_rate for record in result.history.of("low")]
+    wanted = [one["lr"] for one in options for _ in range(3)]
+    assert rates == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scheduler_beside_another_tuned_option(method):
+    scheduler = partial(StepLR, step_size=2, gamma=0.5)
+    case = Tuned(partial(SGD_M, lr=0.3), DECAY | MOMENTUM, scheduler=scheduler)
+    assert relative(case.found(METHODS[method]), case.wanted()) < 1e-8
+    run = Tuned(
+        partial(SGD_M, lr=0.3), DECAY, steps=3, scheduler=scheduler, hypergrad=METHODS[method]
+    )
+    wanted, _, w, _ = run.simulated(2)
+    found = captured(run.program, 6, "hyper")
+    assert all(relative(one, other) < 1e-8 for one, other in zip(found, wanted, strict=True))
+    assert close(values_of(run.model), w, 1e-8)
+
+
+def test_a_tuned_option_wins_over_a_scheduler_that_cycles_it():
+    scheduler = partial(OneCycleLR, max_lr=0.3, total_steps=40, cycle_momentum=True)
+    case = Tuned(SGD_M, MOMENTUM, steps=3, scheduler=scheduler)
+    wanted, _, w, _ = case.simulated(2)
+    found = captured(case.program, 6, "hyper")
+    assert all(relative(one, other) < 1e-8 for one, other in zip(found, wanted, strict=True))
+    assert close(values_of(case.model), w, 1e-8)
+
+
+BAD_VALUES = {
+    "a vector": ({"lr": lambda hyper: hyper.one.repeat(2)}, "'lr'", "shape (2,)"),
+    "a string": ({"lr": lambda hyper: "fast"}, "'lr'", "'fast'"),
+    "nothing": ({"lr": lambda hyper: None}, "'lr'", "None"),
+    "a pair": ({"lr": lambda hyper: (hyper.one, hyper.two)}, "'lr'", "tuple of length 2"),
+    "a flag": ({"lr": lambda hyper: True}, "'lr'", "True"),
+    "an integer": ({"lr": lambda hyper: hyper.one.long()}, "'lr'", "torch.int64"),
+    "one beta": ({"betas": lambda hyper: hyper.one.sigmoid()}, "'betas'", "a tensor of shape ()"),
+    "three betas": ({"betas": lambda hyper: (hyper.one,) * 3}, "'betas'", "tuple of length 3"),
+    "a vector in the pair": (
+        {"betas": lambda hyper: (hyper.one, hyper.two.repeat(3))},
+        "'betas'",
+        "shape (3,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["run", "hypergradient", "solve"])
+@pytest.mark.parametrize("kind", BAD_VALUES)
+def test_bad_values_of_tuned_options(kind, way):
+    tune, option, what = BAD_VALUES[kind]
+    case = Tuned(partial(Adam, lr=0.1), tune)
+    before = parameters(case.model)
+    with pytest.raises(OptimizerError) as found:
+        call(case, way)
+    assert option in str(found.value)
+    assert what in str(found.value)
+    assert found.value.level == "low"
+    assert "test_updates.py:" in found.value.site
+    assert same(before, parameters(case.model))
+
+
+@pytest.mark.parametrize("way", ["run", "hypergradient"])
+def test_a_function_of_tune_that_raises_is_named(way):
+    case = Tuned(SGD_M, {"lr": lambda hyper: hyper.rate.exp()})
+    with pytest.raises(AttributeError, match="rate") as found:
+        call(case, way)
+    assert "tune= of level 'low'" in " ".join(found.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tune", "option"),
+    [
+        (SGD_M, {"weight_decay": lambda hyper: hyper.zero}, "weight_decay"),
+        (partial(SGD, lr=0.1), {"momentum": lambda hyper: hyper.zero}, "momentum"),
+        (partial(AdamW, lr=0.1), {"weight_decay": lambda hyper: hyper.zero}, "weight_decay"),
+        (partial(Adam, lr=0.1), {"lr": lambda hyper: hyper.zero}, "lr"),
+    ],
+    ids=["decay", "momentum", "adamw_decay", "adam_lr"],
+)
+@pytest.mark.parametrize("method", [Unroll(), UnrollForward()], ids=str)
+def test_options_whose_derivative_torch_loses_at_zero_are_refused(optimizer, tune, option, method):
+    case = Tuned(optimizer, tune, own={"zero": torch.tensor(0.0)})
+    with pytest.raises(OptimizerError, match=f"'{option}'.* is 0") as found:
+        case.found(method)
+    assert found.value.level == "low"
+
+
+def test_a_tuned_rate_of_sgd_may_be_zero():
+    case = Tuned(SGD_M, {"lr": lambda hyper: hyper.zero}, own={"zero": torch.tensor(0.0)})
+    assert relative(case.found(Unroll()), case.wanted()) < 1e-8
+
+
+@pytest.mark.parametrize("way", ["run", "hypergradient", "solve"])
+def test_other_optimizers_and_options_are_refused(way):
+    with pytest.raises(OptimizerError, match="tune= on RMSprop") as found:
+        call(Tuned(partial(RMSprop, lr=0.1), LR), way)
+    assert found.value.level == "low"
+    assert "SGD, Adam or AdamW" in found.value.remedy
+    with pytest.raises(OptimizerError, match="'learning_rate'") as found:
+        call(Tuned(SGD_M, {"learning_rate": LR["lr"]}), way)
+    assert "'lr'" in str(found.value)
+    for option in ("nesterov", "dampening"):
+        with pytest.raises(OptimizerError, match=f"'{option}'"):
+            call(Tuned(SGD_M, {option: LR["lr"]}), way)
+    with pytest.raises(OptimizerError, match=r"'momentum' of SGD\(nesterov=True\)"):
+        call(Tuned(partial(SGD_M, nesterov=True), MOMENTUM), way)
