@@ -264,7 +264,7 @@ def experiment(setting: Setting, given: argparse.Namespace, seed: int) -> dict[s
     for name, start in (("fresh", program), ("all tasks", from_joint)):
         for steps in (INNER, MORE):
             row[f"{name}\n{steps} steps"] = accuracy(start, held_out, steps)
-    mlodeco.run(given.steps, program=program, seed=seed, progress="off")
+    mlodeco.run(given.steps * INNER, program=program, seed=seed, progress="off")
     for steps in (0, INNER):
         row[f"{given.method}\n{steps} steps"] = accuracy(program, held_out, steps)
     return row
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, help="images of each (default: 1), with --data")
     parser.add_argument("--width", type=int, help="filters (default: 64), with --data")
     parser.add_argument("--tasks", type=int, default=4, help="a turn (default: 4)")
-    parser.add_argument("--steps", type=int, default=500, help="turns of init (default: 500)")
+    parser.add_argument("--steps", type=int, default=300, help="turns of init (default: 300)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--test-tasks", type=int, default=100, help="held out (default: 100)")
     given = parser.parse_args()

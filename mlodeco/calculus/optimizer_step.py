@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from mlodeco.calculus.clipping import clip
+from mlodeco.calculus.clipping import clip_rows
 from mlodeco.calculus.interception import Interception
 from mlodeco.calculus.tuning import Tuning
 from mlodeco.calculus.update import SEPARATOR, Iterate, Values
@@ -50,6 +51,8 @@ class OptimizerStep:
         groups: its groups.
         clip_norm: the largest norm of the gradient; None for no clipping.
         tuning: options computed from levels above; None for none.
+        replicas: of how many replicas the parameters are stacked; None if they are not. Each is
+            stepped as by an optimizer of its own, since every entry is.
     """
 
     level: str
@@ -58,6 +61,7 @@ class OptimizerStep:
     groups: tuple[Group, ...]
     clip_norm: float | None = None
     tuning: Tuning | None = None
+    replicas: int | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class OptimizerStep:
 
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The step as a run makes it, bit for bit; parameters without a gradient stay."""
-        clipped = clip(gradients, self.clip_norm)
+        clipped = clip_rows(gradients, self.clip_norm, self.replicas)
         with torch.no_grad():
             tuned = self.tuning.numbers(values) if self.tuning else {}
         copies = {key: before.parameters[key].detach().clone() for key in self._stepped(clipped)}
@@ -91,26 +95,29 @@ class OptimizerStep:
         self._require_differentiable()
         tuned = self._tuned(values)
         copies = {key: before.parameters[key].clone() for key in self._stepped(gradients)}
-        resting = () if "lr" in tuned else self._at_rest
+        resting = frozenset[str]() if "lr" in tuned else self._at_rest
         clones = {key: copy.grad_fn for key, copy in copies.items()}
         groups: list[dict[str, Any]] = []
         state: dict[Tensor, dict[str, Any]] = {}
         for group in self.groups:
             plain = {name: value for name, value in _PLAIN.items() if name in group.options}
-            for key in (key for key in group.keys if key in copies):
-                copy = copies[key]
-                copy.grad = gradients[key].clone()  # a tuned weight decay is added in place
-                options = {**group.options, **tuned, **plain, "params": [copy]}
-                if key in resting:
-                    options["lr"] = 1.0  # for the state; the parameter stays
-                known = _widened(before.state.get(key, {}))
-                if issubclass(self.kind, SGD) and known.get("momentum_buffer") is None:
-                    # torch takes the first gradient as the buffer, detached: the same from zeros
-                    known["momentum_buffer"] = torch.zeros_like(copy, requires_grad=False)
-                    options["dampening"] = 0
-                if known:
-                    state[copy] = known
-                groups.append(options)
+            members = [key for key in group.keys if key in copies]
+            for key in members:
+                copy, g = copies[key], gradients[key]
+                copy.grad = g.clone() if tuned else g  # a tuned weight decay is added in place
+                if key in before.state:
+                    state[copy] = _widened(before.state[key])
+            options = {**group.options, **tuned, **plain}
+            if not resting.isdisjoint(members):
+                options["lr"] = 1.0  # for the state; the parameters stay
+            new = self._without_momentum(options, members, before.state)
+            for key in new:
+                # torch takes the first gradient as the buffer, detached: the same from zeros
+                state[copies[key]] = {"momentum_buffer": torch.zeros_like(copies[key])}
+            groups.append({**options, "dampening": 0.0, "params": [copies[key] for key in new]})
+            known = [copies[key] for key in members if key not in new]
+            groups.append({**options, "params": known})
+        groups = [group for group in groups if group["params"]]
         after = self._step(groups, state)
         if any(clones.values()) and all(copies[key].grad_fn is f for key, f in clones.items()):
             raise self._refusal("its step does not depend on the gradients, as under no_grad")
@@ -157,11 +164,19 @@ class OptimizerStep:
     def _stepped(self, gradients: Tree) -> Iterable[str]:
         return [key for group in self.groups for key in group.keys if key in gradients]
 
+    def _without_momentum(
+        self, options: Mapping[str, Any], keys: list[str], state: Mapping[str, Any]
+    ) -> list[str]:
+        """The parameters of a group of SGD whose momentum begins with this step."""
+        if not issubclass(self.kind, SGD) or not options["momentum"]:
+            return []
+        return [key for key in keys if state.get(key, {}).get("momentum_buffer") is None]
+
     @property
-    def _at_rest(self) -> tuple[str, ...]:
+    def _at_rest(self) -> frozenset[str]:
         """Parameters at a learning rate of zero, where an optimizer divides by it."""
         rates = self.groups if issubclass(self.kind, Adam) else ()
-        return tuple(
+        return frozenset(
             key
             for group in rates
             if not isinstance(group.options["lr"], Tensor) and group.options["lr"] == 0.0
@@ -179,11 +194,13 @@ class OptimizerStep:
         # the gradient mode of the step is read from the defaults
         fresh.__setstate__({"defaults": dict(groups[0]), "param_groups": groups, "state": known})
         is_differentiable = bool(groups[0].get("differentiable"))
+        is_new = any(not known.get(p) for group in groups for p in group["params"])
         try:
-            if is_differentiable:
-                with _WideScalars(), _SafeRoots():
-                    self.kind.step(fresh)
-            else:
+            with ExitStack() as stack:
+                if is_differentiable and is_new and not issubclass(self.kind, SGD):
+                    stack.enter_context(_WideScalars())
+                if is_differentiable and self.tuning and not issubclass(self.kind, SGD):
+                    stack.enter_context(_SafeRoots())
                 self.kind.step(fresh)
         except Exception as error:
             if is_differentiable:

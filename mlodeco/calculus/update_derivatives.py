@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlodeco.calculus.clipping import clip_differentiably
+from mlodeco.calculus.clipping import clip_rows_differentiably
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.calculus.update import SEPARATOR, Cotangent, Iterate, Pulled, Tangent, Update, Values
-from mlodeco.tree import Tree
+from mlodeco.tree import Tree, norm
 
 Entry = tuple[str, str]
 """The name of a tree, and that of a tensor in it."""
@@ -73,7 +74,7 @@ def pull_back(
     """
     with torch.enable_grad():
         leaves = live(gradients)
-        clipped = clip_differentiably(leaves, update.clip_norm)
+        clipped = clip_rows_differentiably(leaves, update.clip_norm, update.replicas)
         arguments = _Arguments(
             live(before.parameters),
             live(clipped),
@@ -81,12 +82,9 @@ def pull_back(
             {level: live(values[level]) for level in reads},
         )
         outputs = _outputs(update, before, arguments, values)
-        found = _vjp(arguments.entries(), outputs, cotangent)
-        trees: dict[str, Tree] = {}
-        for entry, value in found.items():
-            name, key = entry
-            mended = _mended(value, entry, gradients, cotangent.parameters)
-            trees.setdefault(name, {})[key] = mended
+        trees = _in_trees(
+            _vjp(arguments.entries(), outputs, cotangent), gradients, cotangent.parameters
+        )
         pulled = trees.get("g", {})
         if pulled and clipped is not leaves:
             pulled = gradient([clipped[key] for key in pulled], leaves, list(pulled.values()))
@@ -120,18 +118,17 @@ def push_forward(
         # live as well: optimizers take another way for options that require gradients
         arguments = _Arguments(
             _duals(before.parameters, tangent.parameters),
-            clip_differentiably(_duals(gradients, tangent.gradients), update.clip_norm),
+            clip_rows_differentiably(
+                _duals(gradients, tangent.gradients), update.clip_norm, update.replicas
+            ),
             _duals(update.carried(before.state), tangent.state),
             {level: _duals(values[level], tree) for level, tree in tangent.reads.items()},
         )
         outputs = _outputs(update, before, arguments, values)
-        trees: dict[str, Tree] = {"w": {}, "s": {}}
-        for (name, key), value in outputs.items():
-            pushed = forward_ad.unpack_dual(value).tangent
-            if pushed is not None:
-                mended = _mended(pushed.detach(), (name, key), gradients, tangent.parameters)
-                trees[name][key] = mended
-    return Cotangent(trees["w"], trees["s"])
+        pushed = {name: forward_ad.unpack_dual(value).tangent for name, value in outputs.items()}
+        found = {name: value.detach() for name, value in pushed.items() if value is not None}
+        trees = _in_trees(found, gradients, tangent.parameters)
+    return Cotangent(trees.get("w", {}), trees.get("s", {}))
 
 
 def _duals(tree: Tree, tangent: Tree) -> Tree:
@@ -150,6 +147,17 @@ def _vjp(
     if not moved:
         return {}
     return gradient([outputs[n] for n in moved], inputs, [weights[n] for n in moved])
+
+
+def _in_trees(found: Mapping[Entry, Tensor], gradients: Tree, through: Tree) -> dict[str, Tree]:
+    """The entries by the names of their trees, without the NaN of roots at zero."""
+    is_finite = isfinite(norm({str(entry): value for entry, value in found.items()}))
+    trees: dict[str, Tree] = {}
+    for entry, value in found.items():
+        name, key = entry
+        mended = value if is_finite else _mended(value, entry, gradients, through)
+        trees.setdefault(name, {})[key] = mended
+    return trees
 
 
 def _gradient_of(entry: Entry, gradients: Tree, value: Tensor) -> Tensor | None:

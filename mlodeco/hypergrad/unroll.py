@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mlodeco.calculus.point import LowerProblem
-from mlodeco.calculus.products import LINEARIZATIONS, Cross, open_linearization
+from mlodeco.calculus.products import (
+    LINEARIZATIONS,
+    Cross,
+    Linearization,
+    first_gradient,
+    open_linearization,
+)
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate
@@ -54,6 +61,7 @@ class Unroll(Options):
     keep_graph: bool = False
     first_order: bool = False
     product: str = "auto"
+    is_entrywise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -90,38 +98,53 @@ class Unroll(Options):
         tape = require_tape(self, problem, self.truncate)
         after = Cotangent(cotangent)
         cross: Cross = {target: {} for target in problem.wanted}
+        starts_above = tape.initial in problem.wanted
         count = 0
         for step, before in tape.backward(self.truncate):
-            after, found = self._pull_back(problem, step, before, after)
+            is_last = step is tape.first(self.truncate) and not starts_above
+            after, found = self._pull_back(problem, step, before, after, own=not is_last)
             for target, tree in found.items():
                 cross[target] = add(cross[target], tree)
             count += 1
-        if tape.initial is not None and tape.initial in cross:
-            cross[tape.initial] = add(cross[tape.initial], after.parameters)
+        if tape.initial is not None and starts_above:
+            cross[tape.initial] = add(cross[tape.initial], tape.into_initial(after.parameters))
         # the sweep subtracts what a response carries on, as for v = H^-1 b
         carried = {target: scale(tree, -1.0) for target, tree in cross.items()}
         return Response(carried, Solution(after.parameters, count, None, Status.UNROLLED))
 
     def _pull_back(
-        self, problem: LowerProblem, step: TapeStep, before: Iterate, after: Cotangent
+        self,
+        problem: LowerProblem,
+        step: TapeStep,
+        before: Iterate,
+        after: Cotangent,
+        *,
+        own: bool,
     ) -> tuple[Cotangent, Cross]:
-        """The cotangent before a step, and what the step carries to the targets."""
-        level = problem.level
-        inner = step.problem(level, before.parameters, problem.wanted)
-        kept = step.graph
-        opened = open_linearization(inner, self.product) if kept is None or kept.is_spent else kept
-        gradient = opened.gradient() if step.gradient is None else step.gradient
+        """The cotangent before a step, and what the step carries to the targets.
+
+        The part of the former that goes through the gradient is left out unless ``own``.
+        """
+        inner = step.problem(problem.level, before.parameters, problem.wanted)
         reads = tuple(name for name in step.update.reads if name in problem.wanted)
-        values = step.point.values
-        pulled = pull_back(step.update, before, gradient, values, after, reads)
-        own = pulled.before
-        if self.first_order or not pulled.gradients:
-            return own, pulled.reads
-        curved, cross = opened.pull_back(pulled.gradients)
+        opened = None if self.first_order else self._open(step, inner)
+        gradient = step.gradient
+        if gradient is None:
+            gradient = first_gradient(inner) if opened is None else opened.gradient()
+        pulled = pull_back(step.update, before, gradient, step.point.values, after, reads)
+        if opened is None or not pulled.gradients:
+            return pulled.before, pulled.reads
+        curved, cross = opened.pull_back(pulled.gradients, own=own)
         found = {target: tree for target, tree in cross.items() if target in problem.wanted}
         for target, tree in pulled.reads.items():
             found[target] = add(found.get(target, {}), tree)
-        return Cotangent(add(own.parameters, curved), own.state), found
+        direct = pulled.before
+        return Cotangent(add(direct.parameters, curved), direct.state), found
+
+    def _open(self, step: TapeStep, inner: LowerProblem) -> Linearization:
+        """The graph that was kept, as long as nobody has used it up, else a new one."""
+        kept = step.graph
+        return open_linearization(inner, self.product) if kept is None or kept.is_spent else kept
 
 
 def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -> Tape:

@@ -75,11 +75,11 @@ class Automatic:
         }
         return self._hessian_by(modes)
 
-    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
         """``reverse``, else ``difference``."""
         modes: dict[str, Callable[[], tuple[Tree, Cross]]] = {
-            "reverse": lambda: self._full_graph.pull_back(v),
-            "difference": lambda: self._difference.pull_back(v),
+            "reverse": lambda: self._full_graph.pull_back(v, own=own),
+            "difference": lambda: self._difference.pull_back(v, own=own),
         }
         return self._hessian_by(modes)
 

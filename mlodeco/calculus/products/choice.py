@@ -92,9 +92,9 @@ class _NamedLinearization(_Named):
         with self.noted():
             return self._opened.gradient()
 
-    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
         with self.noted():
-            return self._opened.pull_back(v)
+            return self._opened.pull_back(v, own=own)
 
 
 def open_curvature(problem: LowerProblem, product: str) -> Curvature:
@@ -105,6 +105,9 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         "forward": Forward,
         "difference": Difference,
     }
+    if problem.opened is not None:
+        found: Curvature = problem.opened(problem, product)
+        return found
     if product not in modes:
         return Automatic(problem)
     return _NamedCurvature(modes[product](problem), problem, product)

@@ -70,14 +70,14 @@ class Difference:
         """One gradient in w."""
         return first_gradient(self._problem)
 
-    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
         """Two gradients in w and in lambda."""
         values, level = self._problem.point.values, self._problem.level
 
         def at(shifted: Tree) -> Cross:
-            own = live(shifted)
-            targets = {name: live(values[name]) for name in self._problem.targets}
-            return self._gradient(own, {**targets, level: own})
+            parameters = live(shifted)
+            trees = {name: live(values[name]) for name in self._problem.targets}
+            return self._gradient(parameters, trees | ({level: parameters} if own else {}))
 
         found = self._central(v, at)
         return found.pop(level, {}), found

@@ -32,5 +32,10 @@ class Linearization(Protocol):
     def gradient(self) -> Tree:
         """``g``, without a graph; parameters that no loss touches are left out."""
 
-    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
-        """``(dg/dw)^T v`` and ``(dg/dlambda)^T v`` for each target, in one pass; asked once."""
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
+        """``(dg/dw)^T v`` and ``(dg/dlambda)^T v`` for each target, in one pass; asked once.
+
+        Args:
+            v: the direction.
+            own: whether the first is wanted; else it is empty.
+        """

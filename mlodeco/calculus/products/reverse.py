@@ -95,10 +95,10 @@ class Reverse:
             found = add(found, frozen(tree), share)
         return found
 
-    def pull_back(self, v: Mapping[str, Tensor]) -> tuple[Tree, Cross]:
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
         """One vjp through the graph of the gradient for both, then it is freed."""
         level = self._problem.level
-        trees = {level: self._touched, **self._targets}
+        trees = {level: self._touched if own else {}, **self._targets}
         inputs = {(lv, key): t for lv, tree in trees.items() for key, t in tree.items()}
         found = self._into_trees(self._pull_back_and_free(v, inputs), trees)
         return found.pop(level), found
