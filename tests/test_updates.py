@@ -11,11 +11,9 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 import mlodeco
 from mlodeco import Program, Runner
-from mlodeco.errors import (
-    OptimizerError,
-)
-from mlodeco.hypergrad import Sama, Unroll, UnrollForward
-from tests.problems import network, randn
+from mlodeco.errors import MethodError, MlodecoError, OptimizerError, RunError
+from mlodeco.hypergrad import CG, Dense, Identity, Neumann, Sama, Unroll, UnrollForward
+from tests.problems import network, randn, spd
 from tests.test_purity import same
 from tests.unrolling import (
     FEATURES,
@@ -688,3 +686,456 @@ def test_other_optimizers_and_options_are_refused(way):
             call(Tuned(SGD_M, {option: LR["lr"]}), way)
     with pytest.raises(OptimizerError, match=r"'momentum' of SGD\(nesterov=True\)"):
         call(Tuned(partial(SGD_M, nesterov=True), MOMENTUM), way)
+
+
+# methods that see the loss alone
+
+
+LAM = 0.7
+BLIND = [CG(), Neumann(), Identity(), Dense(), Sama(), "darts", "nystrom", "minres", "gmres"]
+
+
+def started(hypergrad, *, near=0.0, steps=3, rate=0.1, **options):
+    """A level on a quadratic that starts from the one above."""
+    program = Program()
+    declare = partial(
+        program.level,
+        "weights",
+        module={"w": torch.zeros(4)},
+        init_from="init",
+        inner_steps=steps,
+        optimizer=partial(SGD, lr=rate),
+        data=[randn(4, seed=7)],
+        **options,
+    )
+
+    def loss(weights, batch, init=None):
+        pulled = near / 2 * ((weights.w - init.w) ** 2).sum() if near else 0.0
+        return weights.w @ SPD @ weights.w / 2 - batch @ weights.w + pulled
+
+    if near:
+        declare(reads={"init": "init"})(loss)
+    else:
+        declare()(lambda weights, batch: loss(weights, batch))
+
+    @program.level(
+        "init",
+        lower=["weights"],
+        module={"w": randn(4, seed=8)},
+        optimizer=partial(SGD, lr=0.1),
+        data=[randn(4, seed=9)],
+        hypergrad=hypergrad,
+    )
+    def start(init, batch, weights):
+        return ((weights.w - batch) ** 2).sum() / 2
+
+    return program
+
+
+SPD = spd(4, 3)
+
+
+@pytest.mark.parametrize("method", BLIND, ids=str)
+@pytest.mark.parametrize("way", ["init_from", "tune", "update"])
+def test_methods_that_see_the_loss_alone_are_refused(way, method):
+    if way == "init_from":
+        program, top, low = started(method), "init", "weights"
+    elif way == "tune":
+        program, top, low = Tuned(SGD_M, LR, steps=1, hypergrad=method).program, "hyper", "low"
+    else:
+        program, top, low = Ruled("momentum", 1, hypergrad=method).program, "top", "low"
+    for act in (
+        lambda: mlodeco.hypergradient(top, program=program),
+        lambda: mlodeco.run(3, program=program, progress="off"),
+    ):
+        with pytest.raises(MethodError, match="through its steps alone") as found:
+            act()
+        assert found.value.level == low
+        assert repr(top) in str(found.value)
+        assert "hypergrad='unroll'" in found.value.remedy
+        assert "iMAML" in found.value.remedy
+        assert ".py:" in found.value.site
+
+
+def test_a_level_that_another_path_reaches_is_not_refused():
+    program = Program()
+
+    def low(low, batch):
+        return ((vector(low) - batch) ** 2).sum()
+
+    def other(other, top):
+        return ((other.x - top.log_lr) ** 2).sum() / 2
+
+    tune = {"lr": lambda top: top.log_lr.exp()}
+    program.level("low", module=vectors(), data=DATA, optimizer=partial(SGD, lr=0.1), tune=tune)(
+        low
+    )
+    program.level("other", module={"x": torch.ones(1)}, optimizer=SGD)(other)
+
+    @program.level(
+        "top", lower=["low", "other"], module={"log_lr": torch.tensor(-2.0)}, hypergrad=Dense()
+    )
+    def top(top, low, other):
+        return (vector(low) ** 2).sum() + (other.x**3).sum()
+
+    found = mlodeco.hypergradient("top", program=program)["log_lr"]
+    assert float(found) == pytest.approx(3.0)
+
+
+def vectors():
+    return {"w": randn(4, seed=24), "b": randn(2, seed=22)}
+
+
+@pytest.mark.parametrize("method", [CG(max_steps=20, rtol=1e-13), Dense()], ids=str)
+def test_imaml(method):
+    """``lam (A + lam I)^-1 (w - target)``, at the end of the loop that was run."""
+    program = started(method, near=LAM, steps=4)
+    turns, w = [], randn(4, seed=8)
+
+    @program.on("hypergradient", level="init")
+    def capture(grads, weights):
+        turns.append((grads["w"].clone(), weights.w.detach().clone()))
+
+    mlodeco.run(12, program=program, progress="off")
+    start, eye = randn(4, seed=8), torch.eye(4)
+    for found, end in turns:
+        w = start
+        for _ in range(4):
+            w = w - 0.1 * (SPD @ w - randn(4, seed=7) + LAM * (w - start))
+        assert torch.allclose(end, w, atol=1e-12)
+        wanted = LAM * torch.linalg.solve(SPD + LAM * eye, w - randn(4, seed=9))
+        assert torch.allclose(found, wanted, atol=1e-10)
+        start = start - 0.1 * wanted
+    assert len(turns) == 3
+    report = mlodeco.check("init", program=program)
+    assert report.error < 1e-8
+
+
+def test_unrolling_a_quadratic_from_its_start():
+    program = started(Unroll(), near=LAM, steps=3)
+    batches = {"weights": [randn(4, seed=7)] * 3, "init": randn(4, seed=9)}
+    found = mlodeco.hypergradient("init", program=program, batches=batches)["w"]
+    step = torch.eye(4) - 0.1 * (SPD + LAM * torch.eye(4))
+    w = start = randn(4, seed=8)
+    slope = torch.eye(4)
+    for _ in range(3):
+        w = w - 0.1 * (SPD @ w - randn(4, seed=7) + LAM * (w - start))
+        slope = step @ slope + 0.1 * LAM * torch.eye(4)
+    assert torch.allclose(found, slope.T @ (w - randn(4, seed=9)), atol=1e-12)
+
+
+def test_check_says_where_there_is_no_reference():
+    for program, top, low in (
+        (started("unroll"), "init", "weights"),
+        (Tuned(SGD_M, LR).program, "hyper", "low"),
+        (Ruled("momentum").program, "top", "low"),
+    ):
+        with pytest.raises(RunError, match="through its steps alone") as found:
+            mlodeco.check(top, program=program)
+        assert found.value.level == top
+        assert repr(low) in str(found.value)
+
+
+def test_check_of_an_unrolled_edge_compares_it_with_the_solution():
+    program = Ruled("sgd", 60, low=reading).program
+    report = mlodeco.check("top", program=program, batches={"low": [DATA[0]] * 60})
+    (edge,) = report.edges
+    assert (edge.method, edge.solve.steps) == ("Unroll()", 60)
+    assert report.error < 0.1
+
+
+# nested best responses
+
+
+@pytest.mark.parametrize("method", ["unroll", "cg"])
+def test_nested_best_responses_take_no_steps(method):
+    for program, top, low in (
+        (started(method), "init", "weights"),
+        (Tuned(SGD_M, LR, hypergrad=method).program, "hyper", "low"),
+        (Ruled("momentum", hypergrad=method).program, "top", "low"),
+    ):
+        with pytest.raises(MethodError, match="nested") as found:
+            mlodeco.hypergradient(top, program=program, nested=True)
+        assert found.value.level == low
+        with pytest.raises(MethodError, match="nested"):
+            mlodeco.run(5, program=program, progress="off", nested=True)
+
+
+def test_nested_best_responses_where_the_loss_reads_the_start():
+    program = started(Dense(), near=LAM)
+    wanted = mlodeco.hypergradient("init", program=program)
+    found = mlodeco.hypergradient("init", program=program, nested=True)
+    assert close(found, wanted)
+
+
+# levels solved on given batches
+
+
+class Noisy(nn.Module):
+    """Normalized, with a layer that is used twice and a tied weight."""
+
+    def __init__(self, seed=1):
+        super().__init__()
+        net = network(4, 4, 4, seed=seed)
+        self.first, self.norm, self.last = net[0], nn.BatchNorm1d(4), net[2]
+        self.again = self.first
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.norm(self.again(self.norm(self.first(x).tanh())).tanh()))
+
+
+def noisy_loss(model, batch):
+    return (model(batch) ** 2).mean() + 0.1 * model(batch).sin().mean()
+
+
+def momentum_alone(params, grads, state):
+    kept = {k: 0.5 * state.get(k, torch.zeros_like(g)) + g for k, g in grads.items()}
+    return {k: p - 0.1 * kept[k] for k, p in params.items()}, kept
+
+
+SOLVED = {
+    "sgd": {"optimizer": partial(SGD, lr=0.1, momentum=0.9)},
+    "adam": {"optimizer": partial(Adam, lr=0.1)},
+    "scheduler": {
+        "optimizer": partial(AdamW, lr=0.1),
+        "scheduler": partial(StepLR, step_size=2, gamma=0.3),
+    },
+    "clip": {"optimizer": partial(SGD, lr=0.1), "clip_norm": 0.05},
+    "accumulate": {"optimizer": partial(Adam, lr=0.1), "accumulate": 2},
+    "rule": {"clip_norm": 0.05},
+    "tune": {
+        "optimizer": partial(SGD, lr=1.0),
+        "tune": {"lr": lambda init: init.first.bias[0] ** 2},
+    },
+    "tune_adam": {
+        "optimizer": partial(Adam, lr=1.0),
+        "tune": {"betas": lambda init: (init.first.bias[0] ** 2, init.first.bias[1].sigmoid())},
+    },
+}
+
+
+def norms(seed):
+    module = Noisy(seed)
+    with torch.no_grad():
+        module.norm.running_mean.copy_(randn(4, seed=seed))
+        module.norm.running_var.copy_(randn(4, seed=seed).exp())
+    return module
+
+
+def solved_case(kind, init_from, steps=4):
+    program = Program()
+    options = SOLVED[kind]
+    data = [randn(5, 4, seed=60 + t) for t in range(3)]
+
+    def low(model, batch):
+        return noisy_loss(model, batch)
+
+    program.level(
+        "low", module=norms(1), data=data, inner_steps=steps, init_from=init_from, **options
+    )(low)
+    if kind == "rule":
+        program.update("low")(momentum_alone)
+
+    is_learnt = init_from or "tune" in options
+
+    @program.level(
+        "init",
+        lower=["low"],
+        module=norms(2),
+        optimizer=partial(SGD, lr=0.0),
+        hypergrad="unroll" if is_learnt else None,
+        data=data,
+    )
+    def init(init, batch, low):
+        return noisy_loss(low, batch) + sum((p**2).sum() for p in init.parameters())
+
+    size = options.get("accumulate", 1)
+    stream = [data[t % 3] for t in range(size * steps)]
+    batches = stream if size == 1 else [stream[t : t + size] for t in range(0, len(stream), size)]
+    return program, batches
+
+
+def everything(program):
+    levels = [program.built.levels[name] for name in program.levels] if program.built else []
+    modules = [program.module(name) for name in program.levels]
+    return copy.deepcopy(
+        [
+            [t.clone() for m in modules for t in m.state_dict().values()],
+            [None if p.grad is None else p.grad.clone() for m in modules for p in m.parameters()],
+            [c.training for m in modules for c in m.modules()],
+            torch.get_rng_state(),
+            [
+                [flat for state in level.optimizer.state.values() for flat in state.values()]
+                for level in levels
+                if level.optimizer is not None
+            ],
+        ]
+    )
+
+
+@pytest.mark.parametrize("init_from", [None, "init"])
+@pytest.mark.parametrize("kind", SOLVED)
+def test_solving_equals_the_steps_of_a_run(kind, init_from):
+    program, batches = solved_case(kind, init_from)
+    program.module("low")
+    before = everything(program)
+    solved = mlodeco.solve("low", steps=4, batches={"low": batches}, program=program)
+    assert same(before, everything(program))
+    mlodeco.run(4, program=program, progress="off")
+    wanted = program.module("low")
+    assert set(solved.state_dict()) == set(wanted.state_dict())
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(solved.state_dict()[name], value), name
+    assert solved is not wanted
+    assert solved.again is solved.first
+    assert solved.last.weight is solved.first.weight
+    assert solved.training
+    assert all(p.grad is None and p.requires_grad and p.is_leaf for p in solved.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "clip", "scheduler"])
+def test_solving_equals_the_loop_written_out(kind):
+    program, batches = solved_case(kind, "init")
+    solved = mlodeco.solve("low", steps=4, batches={"low": batches}, program=program)
+    options, module = SOLVED[kind], norms(2)
+    optimizer = options["optimizer"](module.parameters())
+    scheduler = options["scheduler"](optimizer) if "scheduler" in options else None
+    for batch in batches:
+        optimizer.zero_grad()
+        noisy_loss(module, batch).backward()
+        if "clip_norm" in options:
+            nn.utils.clip_grad_norm_(module.parameters(), options["clip_norm"])
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+    for name, value in module.state_dict().items():
+        assert torch.allclose(solved.state_dict()[name], value, rtol=1e-12, atol=1e-14), name
+
+
+def test_solving_in_evaluation_mode_leaves_the_statistics():
+    program, batches = solved_case("sgd", None)
+    program.module("low").eval()
+    solved = mlodeco.solve("low", steps=4, batches={"low": batches}, program=program)
+    assert not any(child.training for child in solved.modules())
+    assert torch.equal(solved.norm.running_mean, norms(1).norm.running_mean)
+    assert not torch.equal(solved.first.weight, norms(1).first.weight)
+
+
+def test_solving_after_a_run_goes_on_from_its_state():
+    program, batches = solved_case("adam", None)
+    runner = Runner(program)
+    for _ in range(4):
+        runner.step()
+    # the stream of the run goes on with the second of three batches
+    data = [randn(5, 4, seed=60 + t) for t in range(3)]
+    before = everything(program)
+    found = mlodeco.solve("low", steps=2, batches={"low": [data[1], data[2]]}, program=program)
+    assert same(before, everything(program))
+    assert all(p.grad is None for p in found.parameters())
+    for _ in range(2):
+        runner.step()
+    for name, value in program.module("low").state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def task_program(refresh="loop"):
+    program = Program()
+    items = [(randn(5, 4, seed=70 + t), randn(5, 4, seed=80 + t)) for t in range(3)]
+
+    @program.source("task", refresh=refresh)
+    def tasks():
+        yield from items
+
+    @program.level(
+        "low",
+        module=partial(network, 4, 4, seed=1),
+        init_from="init",
+        inner_steps=3,
+        optimizer=partial(SGD, lr=0.1),
+    )
+    def low(model, task):
+        return (model(task[0]) ** 2).mean()
+
+    @program.level(
+        "init",
+        lower=["low"],
+        module=partial(network, 4, 4, seed=2),
+        optimizer=partial(SGD, lr=0.1),
+        hypergrad="unroll",
+    )
+    def init(init, task, low):
+        return (low(task[1]) ** 2).mean()
+
+    return program, items
+
+
+def test_one_item_of_a_source_serves_all_steps():
+    program, items = task_program()
+    found = mlodeco.solve("low", steps=5, batches={"task": items[1]}, program=program)
+    module = network(4, 4, seed=2)
+    optimizer = SGD(module.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (module(items[1][0]) ** 2).mean().backward()
+        optimizer.step()
+    assert close(values_of(found), values_of(module), 1e-12)
+    # the first item of a fresh iterator, where none is given
+    missing = mlodeco.solve("low", steps=3, program=program)
+    first = mlodeco.solve("low", steps=3, batches={"task": items[0]}, program=program)
+    assert close(values_of(missing), values_of(first), 0)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_nothing_is_changed_by_a_loss_that_raises_while_solving(at):
+    calls = []
+    _, batches = solved_case("adam", None)
+    program = Program()
+
+    @program.level("low", module=norms(1), data=batches, optimizer=partial(Adam, lr=0.1))
+    def low(model, batch):
+        calls.append(1)
+        if len(calls) == at:
+            raise ZeroDivisionError("of the loss")
+        return noisy_loss(model, batch)
+
+    calls += [1] * 10
+    mlodeco.run(2, program=program, progress="off")
+    before = everything(program)
+    calls.clear()
+    with pytest.raises(ZeroDivisionError):
+        mlodeco.solve("low", steps=4, batches={"low": batches}, program=program)
+    assert same(before, everything(program))
+    calls += [1] * 10
+    mlodeco.solve("low", steps=4, batches={"low": batches}, program=program)
+    assert same(before, everything(program))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, "three", None, True])
+def test_steps_of_solving_are_checked(steps):
+    program, _ = solved_case("sgd", None)
+    with pytest.raises(RunError, match="steps="):
+        mlodeco.solve("low", steps=steps, program=program)
+
+
+def test_batches_of_solving_are_checked():
+    program, batches = solved_case("sgd", None)
+    for given in (batches[0], batches[:3], tuple(batches), None):
+        with pytest.raises(RunError, match="batches") as found:
+            mlodeco.solve("low", steps=4, batches={"low": given}, program=program)
+        assert found.value.level == "low"
+    with pytest.raises(RunError, match="'lowest'"):
+        mlodeco.solve("low", steps=4, batches={"lowest": batches}, program=program)
+    with pytest.raises(MlodecoError, match="there is no level"):
+        mlodeco.solve("lowest", steps=4, batches={"low": batches}, program=program)
+    double, pairs = solved_case("accumulate", None)
+    with pytest.raises(RunError, match="accumulate=2"):
+        mlodeco.solve("low", steps=4, batches={"low": [p[0] for p in pairs]}, program=double)
+
+
+def test_solving_needs_an_optimizer_or_a_rule():
+    program = Program()
+    program.level("low", module={"w": torch.ones(2)})(lambda low: (low.w**2).sum())
+    with pytest.raises(OptimizerError, match="no optimizer") as found:
+        mlodeco.solve("low", steps=1, program=program)
+    assert found.value.level == "low"

@@ -18,7 +18,8 @@ from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomn
 from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.calculus.tape import Tape
-from mlodeco.errors import BindingError, GraphError, GraphWarning, LossError, quoted
+from mlodeco.errors import BindingError, GraphError, GraphWarning, LossError, MethodError, quoted
+from mlodeco.graph import NestPlan
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
@@ -73,9 +74,11 @@ def compute_hypergradient(
             micro-batches of its steps. The levels are then seen at the ends.
     """
     chosen = built.methods if methods is None else methods
-    involved = levels_involved(built, top, methods, nested=nested)
+    visited = levels_involved(built, top, methods, nested=nested)
+    involved = tuple(dict.fromkeys((*visited, *(loops or ()))))
     if nested:
         _refuse_copies(built, involved)
+        _refuse_steps_in(built, built.nest(top, methods))
     with randomness_set_aside(), torch.enable_grad():
         values = built.values({name for lv in involved for name in built.levels[lv].seen})
         contexts = {name: make_context(name) for name in involved}
@@ -119,6 +122,27 @@ def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
                 level=name,
                 site=level.site,
             )
+
+
+def _refuse_steps_in(built: Build, plan: NestPlan) -> None:
+    """Refuses levels on which another acts through their steps: a nest solves, and takes none.
+
+    Raises:
+        MethodError: there is one.
+    """
+    for name in plan.levels:
+        level = built.levels[name]
+        for read in level.step_reads:
+            if read in plan.inputs[name] and read not in level.loss.sees:
+                raise MethodError(
+                    f"nested=True differentiates what the loss of this level is stationary in, "
+                    f"and {read!r} acts on it through its steps alone (init_from=, tune= or an "
+                    "@update rule).",
+                    expected=f"a loss that reads {read!r}.",
+                    remedy=f"leave nested out and set hypergrad='unroll' at {plan.top!r}.",
+                    level=name,
+                    site=level.site,
+                )
 
 
 def _moved(point: Point, tapes: Mapping[str, Tape], buffers: Buffers) -> Point:

@@ -60,9 +60,7 @@ def unrolled_edges(built: Build, methods: Methods, top: str | None = None) -> li
 def _edges(built: Build, methods: Methods, top: str | None) -> list[tuple[str, str]]:
     if top is None:
         return list(methods)
-    plan = built.plan(top, methods)
-    first = [(top, low) for low in plan.lowers]
-    return first + [(visit.level, low) for visit in plan.visits for low in visit.lowers]
+    return list(built.plan(top, methods).edges)
 
 
 def start_of(built: Build, name: str, buffers: Buffers) -> Start:
