@@ -69,7 +69,7 @@ def counted(params, grads, state, top):
 
 def preconditioned(params, grads, state, top):
     g = torch.cat([grads["w"], grads["b"]])
-    step = top.factor @ top.factor.T @ g
+    step = 0.05 * g + top.factor * (top.factor @ g)
     return {"w": params["w"] - step[:4], "b": params["b"] - step[4:]}, {}
 
 
@@ -99,7 +99,7 @@ RULES: dict[str, tuple[Rule, Callable[[], Any]]] = {
     "sgd": (sgd, scalars),
     "momentum": (momentum, scalars),
     "counted": (counted, scalars),
-    "preconditioned": (preconditioned, lambda: {"factor": 0.2 * spd(6, 4)}),
+    "preconditioned": (preconditioned, lambda: {"factor": 0.1 * randn(6, seed=4)}),
     "learned": (learned, lambda: network(2, 3, 1, seed=5)),
     "in_place": (in_place, scalars),
 }
@@ -145,7 +145,7 @@ class Ruled:
         self.model, self.hyper = self.program.module("low"), self.program.module("top")
 
     def found(self, method: Any, **options: Any) -> Tree:
-        batches = {"low": DATA[: self.steps], "top": TOP_BATCH}
+        batches = {"low": (3 * DATA)[: self.steps], "top": TOP_BATCH}
         return mlodeco.hypergradient(
             "top",
             **{"batches": batches, "program": self.program, "hypergrad": method, **options},

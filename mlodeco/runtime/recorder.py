@@ -66,13 +66,17 @@ class Recorder:
         self._count = 0
         self._marks = dict.fromkeys(built.graph.uppers(self._level.name), 0)
         self._ended: set[str] = set()
-        self._copied_at: int | None = None
+        self._started_at: int | None = None
         self._pending: TapeStep | None = None
 
     def begin_loop(self) -> None:
         """Notes that the parameters of ``init_from`` have been copied in."""
         if self._level.init_from is not None:
-            self._copied_at = self._count
+            self.restart()
+
+    def restart(self) -> None:
+        """Notes that the level has gone back, so that the steps before do not lead to it."""
+        self._started_at = self._count
 
     def begin_step(
         self, batches: tuple[Drawn, ...], muted: Context, generator: torch.Generator
@@ -147,10 +151,10 @@ class Recorder:
         """The present loop of these levels, the longest of them."""
         marks = [self._marks[upper] for upper in uppers if upper in self._marks]
         begin = min(marks or self._marks.values())
-        is_whole = self._copied_at is not None and self._copied_at >= begin
+        is_whole = self._started_at is not None and self._started_at >= begin
         first = self._count - len(self._steps)
-        start = max(begin, first, self._copied_at or 0)
-        initial = self._level.init_from if is_whole and start == self._copied_at else None
+        start = max(begin, first, self._started_at or 0)
+        initial = self._level.init_from if is_whole and start == self._started_at else None
         return Tape(self._level.name, tuple(self._steps[start - first :]), initial)
 
     @property
@@ -167,7 +171,7 @@ class Recorder:
     @property
     def _keeps_iterate(self) -> bool:
         """Whether the next step is one that keeps its iterate."""
-        if not self._steps or self._count in (*self._marks.values(), self._copied_at):
+        if not self._steps or self._count in (*self._marks.values(), self._started_at):
             return True
         every = self.recording.every
         since = next(

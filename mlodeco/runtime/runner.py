@@ -296,8 +296,8 @@ class Runner:
             ):
                 recorder.use_gradient(trainer.gradients())
             norm, rate = trainer.clip(), trainer.learning_rate
+            metrics = _numbers(found.metrics)  # which may be made of the parameters
             trainer.apply()
-        metrics = _numbers(found.metrics)
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -434,6 +434,8 @@ class Runner:
                     self._generators[name],
                     lambda name=name: self._repeat_step(name),  # type: ignore[misc]
                 )
+                if name in self._recorders:
+                    self._recorders[name].restart()
 
     def _repeat_step(self, name: str) -> None:
         trainer = self._trainers[name]
