@@ -30,3 +30,43 @@ def clip_differentiably(gradients: Tree, bound: float | None) -> Tree:
     if float(size.detach()) <= bound:
         return gradients
     return {key: value * (bound / (size + _EPS)) for key, value in gradients.items()}
+
+
+def clip_rows(gradients: Tree, bound: float | None, replicas: int | None) -> Tree:
+    """:func:`clip`, for stacked gradients of each replica by itself."""
+    if bound is None or replicas is None or not gradients:
+        return clip(gradients, bound)
+    sizes = row_norms(gradients)
+    factors = [clip_factor(size, bound) for size in sizes]
+    return {key: value * _along(factors, value) for key, value in gradients.items()}
+
+
+def clip_rows_differentiably(gradients: Tree, bound: float | None, replicas: int | None) -> Tree:
+    """:func:`clip_differentiably`, for stacked gradients of each replica by itself."""
+    if bound is None or replicas is None or not gradients:
+        return clip_differentiably(gradients, bound)
+    is_short = [
+        size <= bound
+        for size in row_norms({key: value.detach() for key, value in gradients.items()})
+    ]
+    if all(is_short):
+        return gradients
+    squares = [value.reshape(replicas, -1).square().sum(1) for value in gradients.values()]
+    # one where it is not clipped, and where the root would have no derivative
+    short = torch.tensor(is_short, device=squares[0].device)
+    size = torch.stack(squares).sum(0).masked_fill(short, 1.0).sqrt()
+    factors = (bound / (size + _EPS)).masked_fill(short, 1.0)
+    return {
+        key: value * factors.to(value.dtype).reshape(-1, *[1] * (value.dim() - 1))
+        for key, value in gradients.items()
+    }
+
+
+def row_norms(gradients: Tree) -> list[float]:
+    """The norm of each replica's gradient."""
+    count = len(next(iter(gradients.values())))
+    return [norm({key: value[r] for key, value in gradients.items()}) for r in range(count)]
+
+
+def _along(factors: list[float], like: torch.Tensor) -> torch.Tensor:
+    return like.new_tensor(factors).reshape(-1, *[1] * (like.dim() - 1))

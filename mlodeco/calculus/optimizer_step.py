@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from mlodeco.calculus.clipping import clip
+from mlodeco.calculus.clipping import clip_rows
 from mlodeco.calculus.interception import Interception
 from mlodeco.calculus.tuning import Tuning
 from mlodeco.calculus.update import SEPARATOR, Iterate, Values
@@ -47,6 +47,8 @@ class OptimizerStep:
         groups: its groups.
         clip_norm: the largest norm of the gradient; None for no clipping.
         tuning: options computed from levels above; None for none.
+        replicas: of how many replicas the parameters are stacked; None if they are not. Each is
+            stepped as by an optimizer of its own, since every entry is.
     """
 
     level: str
@@ -55,6 +57,7 @@ class OptimizerStep:
     groups: tuple[Group, ...]
     clip_norm: float | None = None
     tuning: Tuning | None = None
+    replicas: int | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -63,7 +66,7 @@ class OptimizerStep:
 
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The step as a run makes it, bit for bit; parameters without a gradient stay."""
-        clipped = clip(gradients, self.clip_norm)
+        clipped = clip_rows(gradients, self.clip_norm, self.replicas)
         with torch.no_grad():
             tuned = self.tuning.numbers(values) if self.tuning else {}
         copies = {key: before.parameters[key].detach().clone() for key in self._stepped(clipped)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.copies import Copies, mean_metrics
 from mlodeco.calculus.randomness import RecordedStreams, make_seed, seed_streams
 from mlodeco.calculus.slots import Place, State
 from mlodeco.calculus.stateless import StatelessLoss
@@ -50,6 +52,9 @@ class Point:
     The loss is the mean over the micro-batches in ``batches``. Every pass at one
     point sees the same random numbers: those of ``seed``, or those that a step which was
     executed saw, in ``streams``. ``buffers`` holds those that are not as in the modules now.
+    With ``copies`` some levels' values are stacked, and ``batches`` has an entry for each
+    micro-batch and chunk of replicas; ``numbers`` says by which number each entry's random
+    numbers are drawn, where it is not its own.
     ``next_update`` gives the level's next update and the state that it starts from, for the
     methods that ask. ``part_of_batches`` gives the
     micro-batches with a fraction of the samples of the level's own data, None where these have
@@ -67,10 +72,19 @@ class Point:
     fraction: float = 1.0
     streams: RecordedStreams | None = None
     buffers: Mapping[Place, Tensor] = field(default_factory=dict)
+    copies: Copies | None = None
+    numbers: tuple[int, ...] = ()
 
     def state(self, values: Mapping[str, Tree]) -> State:
         """A tensor for every slot of the loss: these values, buffers as they are here."""
         return self.loss.state(values, self.buffers)
+
+    def reported(self, loss: float, metrics: list[dict[str, Any]]) -> tuple[float, dict[str, Any]]:
+        """What a person sees of the mean loss and of all entries' metrics."""
+        if self.copies is None:
+            return loss, metrics[-1]
+        last = metrics[-len(self.copies.chunks) :]
+        return self.copies.reported(self.loss.level, loss), mean_metrics(last)
 
     def losses(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The loss of each micro-batch in turn, with its metrics.
@@ -79,17 +93,23 @@ class Point:
         """
         for number, items in enumerate(self.batches):
             self._begin_streams(number)
-            try:
-                result = self.loss.call(items)
-            except Exception as error:
-                if self.fraction < 1.0:
-                    error.add_note(self._note_of_the_cut())
-                raise
-            yield result
+            with ExitStack() as stack:
+                try:
+                    if self.copies is None:
+                        result = self.loss.call(items)
+                    else:
+                        entry = self.copies.evaluated(self.loss, items, number)
+                        result = stack.enter_context(entry)
+                except Exception as error:
+                    if self.fraction < 1.0:
+                        error.add_note(self._note_of_the_cut())
+                    raise
+                yield result
 
     def _begin_streams(self, number: int) -> None:
         if self.streams is None:
-            seed_streams(make_seed(self.seed, number), self.generators)
+            drawn = self.numbers[number] if self.numbers else number
+            seed_streams(make_seed(self.seed, drawn), self.generators)
         elif number == 0:
             self.streams.restore()
 
@@ -109,7 +129,8 @@ class LowerProblem:
     ``level`` owns the parameters w of the solve; ``targets`` are the levels whose
     parameters receive cross products of the loss, ``wanted`` these and the others on whose
     parameters a step may depend; ``memory`` is what the method kept last time; ``tape`` holds the
-    steps by which the level came to where it is, for the methods that ask.
+    steps by which the level came to where it is, for the methods that ask. ``opened`` gives the
+    products in place of those of the point.
     """
 
     point: Point
@@ -118,6 +139,7 @@ class LowerProblem:
     memory: Memory = field(default_factory=dict)
     tape: Tape | None = None
     wanted: tuple[str, ...] = ()
+    opened: Callable[[LowerProblem, str], Any] | None = None
 
     @property
     def parameters(self) -> Tree:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mlodeco.calculus.point import Point
-from mlodeco.calculus.products import Reverse, gradient_and_state
+from mlodeco.calculus.products import Reverse, differentiate_once
 from mlodeco.calculus.slots import Place
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Iterate, Update
@@ -55,7 +55,8 @@ def roll(
         if graph is not None:
             gradient, state = graph.gradient(), graph.state
         else:
-            gradient, state = gradient_and_state(problem)
+            found = differentiate_once(problem)
+            gradient, state = found.gradient, found.state
         taken.append(replace(step, graph=graph))
         iterate = update.advance(iterate, gradient, point.values)
         changed = {slot.place: state[slot.key] for slot in point.loss.buffers}

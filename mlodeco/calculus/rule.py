@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.clipping import clip
+from mlodeco.calculus.copies import row
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.calculus.update import Iterate, Values
 from mlodeco.errors import OptimizerError, quoted
@@ -29,6 +30,7 @@ class Rule:
     function: StatelessLoss
     takes: tuple[str, ...]
     clip_norm: float | None = None
+    replicas: None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -121,3 +123,102 @@ def _mapped(value: Any, path: str, change: Callable[[str, Tensor], Tensor]) -> A
         parts = [_mapped(part, f"{path}/{n}", change) for n, part in enumerate(value)]
         return parts if isinstance(value, list) else tuple(parts)
     return value
+
+
+@dataclass(frozen=True)
+class RuleOfEach:
+    """A rule for each replica by itself.
+
+    For a replicated level each of its replicas has a state of its own. For one that reads a
+    replicated level the rule is called with each replica's parameters, and what it returns is
+    averaged.
+
+    Attributes:
+        rule: the rule.
+        count: how many replicas there are.
+        levels: those whose parameters are stacked.
+    """
+
+    rule: Rule
+    count: int
+    levels: frozenset[str]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The levels whose parameters the rule sees."""
+        return self.rule.reads
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The largest norm of the gradient, of each replica's by itself."""
+        return self.rule.clip_norm
+
+    @property
+    def replicas(self) -> int | None:
+        """Of how many replicas the level's own parameters are stacked."""
+        return self.count if self.is_own else None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the level itself is replicated."""
+        return self.rule.function.level in self.levels
+
+    def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
+        """The rule without a graph, on copies."""
+        return self._joined(
+            [
+                self.rule.advance(*self._arguments(before, gradients, values, r))
+                for r in range(self.count)
+            ],
+            before,
+        )
+
+    def apply(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
+        """The rule with its graph."""
+        return self._joined(
+            [
+                self.rule.apply(*self._arguments(before, gradients, values, r))
+                for r in range(self.count)
+            ],
+            before,
+        )
+
+    def carried(self, state: Mapping[str, Any]) -> Tree:
+        """The floating point tensors in the states, by their paths."""
+        return self.rule.carried(state)
+
+    def with_carried(self, state: Mapping[str, Any], carried: Tree) -> Mapping[str, Any]:
+        """The states with other tensors at these paths."""
+        return self.rule.with_carried(state, carried)
+
+    def state_of(self, state: Mapping[str, Any], replica: int) -> Mapping[str, Any]:
+        """The state of one replica."""
+        found: Mapping[str, Any] = state.get(str(replica), {}) if self.is_own else state
+        return found
+
+    def _arguments(
+        self, before: Iterate, gradients: Tree, values: Values, replica: int
+    ) -> tuple[Iterate, Tree, Values]:
+        rows = {
+            level: row(tree, replica) if level in self.levels else tree
+            for level, tree in values.items()
+        }
+        if not self.is_own:
+            return before, gradients, rows
+        state = self.state_of(before.state, replica)
+        return Iterate(row(before.parameters, replica), state), row(gradients, replica), rows
+
+    def _joined(self, found: list[Iterate], before: Iterate) -> Iterate:
+        parameters = {
+            key: torch.stack([one.parameters[key] for one in found]) for key in before.parameters
+        }
+        if self.is_own:
+            return Iterate(parameters, {str(r): one.state for r, one in enumerate(found)})
+        carried = [self.rule.carried(one.state) for one in found]
+        means = {
+            path: torch.stack([tree[path] for tree in carried]).mean(0)
+            for path in carried[-1]
+            if all(path in tree for tree in carried)
+        }
+        state = self.rule.with_carried(found[-1].state, means)
+        return Iterate({key: value.mean(0) for key, value in parameters.items()}, state)

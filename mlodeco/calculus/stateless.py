@@ -106,6 +106,10 @@ class StatelessLoss:
         """The slots of buffers that are not None."""
         return [slot for slot in self._buffers if slot.current is not None]
 
+    def slots_of(self, levels: frozenset[str]) -> list[Slot]:
+        """The slots of the parameters of some levels."""
+        return [slot for slot in self._parameters if slot.owner and slot.owner[0] in levels]
+
     @property
     def has_backward_hooks(self) -> bool:
         """Whether a module has hooks that act in backward passes, and not in forward mode."""

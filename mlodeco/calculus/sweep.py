@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.point import LowerProblem, Memory, Point
+from mlodeco.calculus.replicas import respond
 from mlodeco.calculus.response import Method, Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
@@ -103,7 +104,7 @@ def sweep(
             parts.append((cotangent, problem, "the cotangent that reaches the level"))
             _require_finite(cotangent, parts)
             with solving_for(problem.point):
-                response = method.respond(problem, cotangent)
+                response = respond(method, problem, cotangent)
             what = f"the solution of {type(method).__name__} ({response.solution.status.value})"
             parts.append((response.solution.value, problem, what))
             solves.append(Solve(visit.level, method, response.solution))
@@ -145,11 +146,12 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
     state = point.state({**point.values, **leaves})
     share = 1.0 / len(point.batches)
 
-    def differentiate() -> tuple[float, dict[str, Any], dict[str, Tree]]:
+    def differentiate() -> tuple[float, list[dict[str, Any]], dict[str, Tree]]:
         value = 0.0
-        metrics: dict[str, Any] = {}
+        outcomes: list[dict[str, Any]] = []
         found: dict[str, Tree] = {level: {} for level in wanted}
-        for loss, metrics in point.losses():  # noqa: B007 - the last ones are returned
+        for loss, metrics in point.losses():
+            outcomes.append(metrics)
             value += share * require_finite(loss, point.loss.level, point.loss.site)
             if not loss.requires_grad:
                 continue
@@ -158,9 +160,10 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
                 parts[level][key] = part
             for level in wanted:
                 found[level] = add(found[level], scale(parts[level], share))
-        return value, metrics, found
+        return value, outcomes, found
 
-    value, metrics, found = point.loss.within(state, differentiate)
+    value, outcomes, found = point.loss.within(state, differentiate)
+    value, metrics = point.reported(value, outcomes)
     return _DirectPass(value, metrics, found.pop(plan.top), found, state)
 
 

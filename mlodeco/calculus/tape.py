@@ -84,6 +84,24 @@ class Tape:
     initial: str | None = None
     end: Iterate | None = None
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether its iterates are those of several replicas."""
+        copies = self.steps[0].point.copies if self.steps else None
+        return copies is not None and self.level in copies.levels
+
+    def into_initial(self, tree: Tree) -> Tree:
+        """A cotangent of the first iterate as one of ``initial``, from which each copy starts."""
+        return {key: t.sum(0) for key, t in tree.items()} if self.is_stacked else tree
+
+    def from_initial(self, tree: Tree) -> Tree:
+        """A tangent of ``initial`` as one of the first iterate."""
+        copies = self.steps[0].point.copies if self.is_stacked else None
+        if copies is None:
+            return tree
+        count = copies.count
+        return {key: t.expand(count, *t.shape).clone() for key, t in tree.items()}
+
     def first(self, count: int | None = None) -> TapeStep:
         """The first of the last ``count`` steps."""
         return self.steps[0 if count is None else max(0, len(self.steps) - count)]

@@ -35,6 +35,10 @@ class Update(Protocol):
     def clip_norm(self) -> float | None:
         """The largest norm of the gradient; None for no clipping."""
 
+    @property
+    def replicas(self) -> int | None:
+        """Of how many replicas iterates are stacked, each clipped by itself; None for none."""
+
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The update as a run makes it, clipping included, on copies and without a graph."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlodeco.calculus.clipping import clip_differentiably
+from mlodeco.calculus.clipping import clip_rows_differentiably
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.calculus.update import SEPARATOR, Cotangent, Iterate, Pulled, Tangent, Update, Values
 from mlodeco.tree import Tree, norm
@@ -85,7 +85,7 @@ def pull_back(
 
     with torch.enable_grad():
         leaves = live(gradients)
-        clipped = clip_differentiably(leaves, update.clip_norm)
+        clipped = clip_rows_differentiably(leaves, update.clip_norm, update.replicas)
         found = differentiate(cotangent, only_reads=False)
         if any(not isfinite(float(t.sum())) for e, t in found.items() if e[0].startswith(_READ)):
             # a root at zero makes a sum over all entries NaN: those entries are left out
@@ -124,7 +124,9 @@ def push_forward(
         # live as well: optimizers take another way for options that require gradients
         arguments = _Arguments(
             _duals(before.parameters, tangent.parameters),
-            clip_differentiably(_duals(gradients, tangent.gradients), update.clip_norm),
+            clip_rows_differentiably(
+                _duals(gradients, tangent.gradients), update.clip_norm, update.replicas
+            ),
             _duals(update.carried(before.state), tangent.state),
             {level: _duals(values[level], tree) for level, tree in tangent.reads.items()},
         )

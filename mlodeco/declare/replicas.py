@@ -17,8 +17,16 @@ Way = Literal["auto", "loop", "vmap"]
 class Replicas:
     """T independent copies of a level, solved together: the tasks of a meta-batch.
 
-    Every tensor of the level's items has leading dimension T, one slice a copy. Levels above
-    see the mean over the copies.
+    Every tensor of the level's items has leading dimension T, one slice a copy; numbers without
+    dimensions and everything else go to all. Each call of its function sees one copy. A level
+    above that reads it is evaluated once for each copy, on that slice of its own items, and its
+    loss is the mean. Each copy follows its own gradient, with its own optimizer state, clipping
+    and random numbers, and is differentiated by itself.
+
+    The level's module shows the first copy, in hooks and validations too, and keeps its buffers;
+    gradients that hooks are given are stacked. What a run has not stepped yet starts from the
+    module. An optimizer must step each entry by itself, as those of torch with a
+    ``differentiable`` option do.
 
     Args:
         count: T, how many there are.

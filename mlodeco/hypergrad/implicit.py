@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import frexp, isfinite, ldexp
+from typing import ClassVar
 
 from mlodeco.calculus.point import LowerProblem, Memory
 from mlodeco.calculus.products import open_curvature
@@ -47,6 +48,7 @@ class Implicit(Options, ABC):
     product: str = "auto"
     damping: float = 0.0
     curvature_batch: float = 1.0
+    is_iterative: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the options.

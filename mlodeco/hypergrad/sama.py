@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import first_gradient, open_curvature
@@ -42,6 +43,7 @@ class Sama(Options):
 
     scale: float = 1.0
     product: str = "auto"
+    is_entrywise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import (
@@ -60,6 +61,7 @@ class Unroll(Options):
     keep_graph: bool = False
     first_order: bool = False
     product: str = "auto"
+    is_entrywise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -105,7 +107,7 @@ class Unroll(Options):
                 cross[target] = add(cross[target], tree)
             count += 1
         if tape.initial is not None and starts_above:
-            cross[tape.initial] = add(cross[tape.initial], after.parameters)
+            cross[tape.initial] = add(cross[tape.initial], tape.into_initial(after.parameters))
         # the sweep subtracts what a response carries on, as for v = H^-1 b
         carried = {target: scale(tree, -1.0) for target, tree in cross.items()}
         return Response(carried, Solution(after.parameters, count, None, Status.UNROLLED))

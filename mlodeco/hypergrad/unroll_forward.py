@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class UnrollForward(Options):
 
     truncate: int | None = None
     limit: int = 100
+    is_entrywise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -71,11 +73,13 @@ class UnrollForward(Options):
         tape = require_tape(self, problem, self.truncate)
         values = {**tape.steps[-1].point.values}
         if tape.initial is not None and tape.initial not in values:
-            values[tape.initial] = problem.point.values.get(tape.initial, problem.parameters)
+            own = problem.parameters
+            like = {key: t[0] for key, t in own.items()} if tape.is_stacked else own
+            values[tape.initial] = problem.point.values.get(tape.initial, like)
         entries = self._entries({name: values[name] for name in problem.wanted})
         own = problem.parameters
         tangents = [
-            Cotangent(restrict(unit, own) if target == tape.initial else {})
+            Cotangent(tape.from_initial(restrict(unit, own)) if target == tape.initial else {})
             for target, unit in entries
         ]
         count = 0

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
-from mlodeco.calculus.rule import Rule
+from mlodeco.calculus.rule import Rule, RuleOfEach
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
 from mlodeco.calculus.tuning import Tuning
 from mlodeco.declare.binding import (
@@ -35,7 +35,15 @@ from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.initial import check_copies, check_starts, own_copies, refuse_closed_starts
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
-from mlodeco.runtime.steps import bind_updates, check_replicas, check_tuned, make_rule, make_tuning
+from mlodeco.runtime.stacking import spread_again, stack_parameters, tie
+from mlodeco.runtime.steps import (
+    bind_updates,
+    check_counts,
+    check_replicas,
+    check_tuned,
+    make_rule,
+    make_tuning,
+)
 from mlodeco.tree import Tree
 
 Methods = dict[tuple[str, str], Method | None]
@@ -44,7 +52,13 @@ Methods = dict[tuple[str, str], Method | None]
 
 @dataclass
 class BuiltLevel:
-    """One level made real."""
+    """One level made real.
+
+    ``parameters`` are those that are optimized, stacked where the level has replicas;
+    ``template`` those in its module, which are then views of the first replica. ``copied`` names
+    the replicated levels that its loss sees, itself included; ``is_looped`` says that it cannot
+    be vmapped over them, ``is_settled`` that this has been found out.
+    """
 
     declaration: LevelDeclaration
     binding: Binding
@@ -58,11 +72,15 @@ class BuiltLevel:
     scheduler: LRScheduler | None = None
     tuning: Tuning | None = None
     update: BoundUpdate | None = None
-    rule: Rule | None = None
+    rule: Rule | RuleOfEach | None = None
     rule_state: Mapping[str, Any] = field(default_factory=dict)
     recent: deque[tuple[Drawn, ...]] = field(default_factory=lambda: deque(maxlen=1))
     is_probed: bool = False
     reported: set[Status] = field(default_factory=set)
+    template: dict[str, nn.Parameter] = field(default_factory=dict)
+    copied: frozenset[str] = frozenset()
+    is_looped: bool = False
+    is_settled: bool = False
 
     @property
     def name(self) -> str:
@@ -80,6 +98,30 @@ class BuiltLevel:
             return self.last_batches
         found = tuple(chain.from_iterable(self.recent))
         return found[-count:] if len(found) >= count else None
+
+    @property
+    def replicas(self) -> int | None:
+        """How many copies of the level there are, stacked; None for the level itself."""
+        spec = self.declaration.replicas
+        return spec.count if spec is not None and self.is_replicated else None
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether its parameters are stacked."""
+        return self.name in self.copied
+
+    def follow_module(self) -> None:
+        """Starts every replica at the module's parameters, until one has stepped.
+
+        Somebody may have loaded some, which reach the first replica alone.
+        """
+        if self.is_replicated and self.last_batches is None:
+            spread_again(self.template, self.parameters)
+
+    def tie(self) -> None:
+        """Lets the module show the first replica."""
+        if self.is_replicated:
+            tie(self.template, self.parameters)
 
     @property
     def init_from(self) -> str | None:
@@ -261,19 +303,25 @@ def build(registry: Registry) -> Build:
     check_replicas(declarations, modules, owned)
     owners = own_copies(declarations, modules, find_owners(declarations, owned), ordered)
     buffer_owner = _buffer_owners(declarations, modules)
+    replicated = frozenset(n for n, d in declarations.items() if d.replicas is not None)
     levels: dict[str, BuiltLevel] = {}
     for name, declaration in declarations.items():
         binding = bindings[name]
         loss = _stateless_loss(declaration, binding, modules, owners)
         own = frozenset(child for child, level in buffer_owner.items() if level == name)
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
+        levels[name].template = owned[name]
+        levels[name].copied = replicated.intersection((*loss.sees, name))
         levels[name].tuning = make_tuning(declaration, binding, modules, owners)
         levels[name].update = updates.get(name)
-        levels[name].rule = make_rule(declaration, updates.get(name), modules, owners)
+        levels[name].rule = make_rule(declaration, updates.get(name), modules, owners, declarations)
+        if levels[name].is_replicated:
+            _stack(levels[name], same.get(name))
         if name in same and _steps_all(same[name].optimizer, levels[name].parameters):
             _take_over_steps(levels[name], same[name])
     reads = {name: _reads(level, ordered.below(name)) for name, level in levels.items()}
     graph = Graph(lower, reads)
+    check_counts(declarations, {name: level.copied for name, level in levels.items()})
     methods = _edge_methods(declarations, custom, graph)
     refuse_closed_starts(declarations, graph, methods, updates)
     result = Build(registry.version, levels, graph, methods, custom, sources)
@@ -297,6 +345,17 @@ def _reads(level: BuiltLevel, below: Collection[str]) -> tuple[str, ...]:
     by_loss = (*level.binding.reads, *level.loss.sees)
     by_steps = (other for other in level.step_reads if other not in below)
     return tuple(dict.fromkeys(other for other in (*by_loss, *by_steps) if other != level.name))
+
+
+def _stack(level: BuiltLevel, earlier: BuiltLevel | None) -> None:
+    """Gives a level the parameters of all its replicas, those of an earlier build if it can."""
+    known = {} if earlier is None else earlier.parameters
+    is_same = earlier is not None and all(
+        key in known and p is earlier.template.get(key) for key, p in level.template.items()
+    )
+    count = level.declaration.replicas.count if level.declaration.replicas else 1
+    level.parameters = known if is_same else stack_parameters(level.template, count)
+    level.tie()
 
 
 def _steps_all(optimizer: Optimizer | None, parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -445,7 +504,7 @@ def _buffer_owners(
 def _warn_of_parameter_hooks(built: Build) -> None:
     """Hypergradients are taken at copies of the parameters, which have none of their hooks."""
     for name, level in built.levels.items():
-        hooked = [key for key, p in level.parameters.items() if p._backward_hooks]
+        hooked = [key for key, p in level.template.items() if p._backward_hooks]
         if hooked and (built.graph.lower[name] or built.graph.uppers(name)):
             warnings.warn(
                 f"level {name!r} ({level.site}): the hooks of {quoted(hooked)} do not act in "

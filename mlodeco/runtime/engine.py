@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mlodeco.calculus.copies import Copies
 from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
@@ -17,13 +18,15 @@ from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomn
 from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.calculus.tape import Tape
-from mlodeco.errors import BindingError, GraphWarning, LossError, quoted
+from mlodeco.errors import BindingError, GraphError, GraphWarning, LossError, quoted
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
+from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.loops import items_of, recordings, take_loops
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
+from mlodeco.runtime.replicas import copies_of, part_of_each, settle_way
 
 Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
@@ -71,6 +74,8 @@ def compute_hypergradient(
     """
     chosen = built.methods if methods is None else methods
     involved = levels_involved(built, top, methods, nested=nested)
+    if nested:
+        _refuse_copies(built, involved)
     with randomness_set_aside(), torch.enable_grad():
         values = built.values({name for lv in involved for name in built.levels[lv].seen})
         contexts = {name: make_context(name) for name in involved}
@@ -85,7 +90,10 @@ def compute_hypergradient(
         if loops:
             wanted = recordings(built, chosen, top)
             items = {
-                name: [items_of(built.levels[name], drawn, contexts[name]) for drawn in loop]
+                name: [
+                    items_of(built.levels[name], drawn, contexts[name], points[name].copies)
+                    for drawn in loop
+                ]
                 for name, loop in loops.items()
             }
             tapes, buffers = take_loops(built, items, wanted, points)
@@ -93,6 +101,24 @@ def compute_hypergradient(
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
         return sweep(built.plan(top, methods), points, open_edges, memories, tapes)
+
+
+def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
+    """Refuses replicas under nested best responses.
+
+    Raises:
+        GraphError: there are some.
+    """
+    for name in involved:
+        level = built.levels[name]
+        if level.is_replicated:
+            raise GraphError(
+                "replicas= and nested=True.",
+                expected="one of them: nested best responses are taken for one copy of a level.",
+                remedy="leave nested out.",
+                level=name,
+                site=level.site,
+            )
 
 
 def _moved(point: Point, tapes: Mapping[str, Tape], buffers: Buffers) -> Point:
@@ -137,7 +163,7 @@ def probe(built: Build, level: BuiltLevel, point: Point, *, nested: bool = False
     """
     if level.is_probed:
         return
-    real = {name: tuple(other.parameters.values()) for name, other in built.levels.items()}
+    real = {name: tuple(other.template.values()) for name, other in built.levels.items()}
     found = find_dependence(point, real)
     if found.undeclared:
         names = sorted(found.undeclared)
@@ -225,22 +251,49 @@ def make_point(
         draw: what its random numbers depend on beside run, tick and level.
     """
     level = built.levels[name]
-    return Point(
-        loss=level.loss,
-        values={seen: values[seen] for seen in level.seen},
-        batches=items_of(level, batches, ctx),
-        part_of_batches=partial(_part_of_batches, level, batches, ctx),
-        seed=make_seed(built.run_seed, built.tick, name, *draw),
-        generators=(ctx.generator,),
-        decisions=level.decisions,
-        next_update=partial(next_update, level),
-    )
+
+    def make(ctx: Context, copies: Copies | None) -> Point:
+        return Point(
+            loss=level.loss,
+            values={seen: values[seen] for seen in level.seen},
+            batches=items_of(level, batches, ctx, copies),
+            part_of_batches=partial(_part_of_batches, level, batches, ctx, copies),
+            seed=make_seed(built.run_seed, built.tick, name, *draw),
+            generators=(ctx.generator,),
+            decisions=level.decisions,
+            next_update=partial(next_update, level),
+            copies=copies,
+        )
+
+    if level.copied and not level.is_settled:
+        # not mute: what a function tells ctx may not be batched either
+        settle_way(built, level, partial(make, ctx.with_own_generator()))
+    return make(ctx, copies_of(built, level))
+
+
+def step_point(
+    built: Build, name: str, batches: tuple[Drawn, ...], ctx: Context, seed: int
+) -> Point:
+    """Where an ordinary step of a level that sees replicas takes its gradient."""
+    values = built.values(built.levels[name].seen)
+    return replace(make_point(built, name, batches, ctx, values, (0, name, 0, "")), seed=seed)
 
 
 def _part_of_batches(
-    level: BuiltLevel, batches: tuple[Drawn, ...], ctx: Context, fraction: float
+    level: BuiltLevel,
+    batches: tuple[Drawn, ...],
+    ctx: Context,
+    copies: Copies | None,
+    fraction: float,
 ) -> tuple[dict[str, Any], ...] | None:
     keys = level.declaration.data_keys
+    if copies is not None:
+        found = [
+            part_of_each(one, fraction, keys, copies, lambda row: items_for(level, row, ctx))
+            for one in batches
+        ]
+        entries = [part for part in found if part is not None]
+        return None if len(entries) < len(found) else tuple(e for part in entries for e in part)
     parts = [part for batch in batches if (part := batch.part(fraction, keys)) is not None]
     if len(parts) < len(batches):
         return None

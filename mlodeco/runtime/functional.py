@@ -90,6 +90,8 @@ def prepare(
     """
     built = build(program)
     built.graph.known(level)
+    for other in built.levels.values():
+        other.follow_module()
     methods = built.methods if hypergrad is UNSET else built.methods_for(hypergrad)
     if batches is not None and not isinstance(batches, Mapping):
         raise RunError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mlodeco.calculus.copies import Copies
 from mlodeco.calculus.point import Batches, Point
 from mlodeco.calculus.randomness import make_seed
 from mlodeco.calculus.roll import Buffers, Start, roll
@@ -30,6 +31,8 @@ from mlodeco.runtime.optimizers import (
     read_step,
     warn_if_flat,
 )
+from mlodeco.runtime.replicas import entries_of
+from mlodeco.runtime.stacking import spread
 from mlodeco.tree import Tree
 
 
@@ -72,6 +75,8 @@ def start_of(built: Build, name: str, buffers: Buffers) -> Start:
     initial = built.levels[level.init_from]
     source = dict(initial.module.named_parameters(remove_duplicate=False))
     parameters = {key: source[key].detach() for key in level.parameters}
+    if level.replicas is not None:
+        parameters = spread(parameters, level.replicas)
     present |= _buffers_from(level, initial)
     return Start(Iterate(parameters, _fresh_state(level)), present, level.init_from)
 
@@ -143,10 +148,13 @@ vars(_never_called)["_wrapped_by_lr_sched"] = True
 
 
 def items_of(
-    level: BuiltLevel, drawn: tuple[Drawn, ...], ctx: Context
+    level: BuiltLevel, drawn: tuple[Drawn, ...], ctx: Context, copies: Copies | None = None
 ) -> tuple[dict[str, Any], ...]:
-    """The items of a level's function for each micro-batch of a step."""
-    return tuple(items_for(level, one, ctx) for one in drawn)
+    """The items of a level's function for each micro-batch of a step, and chunk of replicas."""
+    found = tuple(items_for(level, one, ctx) for one in drawn)
+    if copies is None:
+        return found
+    return tuple(entry for items in found for entry in entries_of(level, items, copies))
 
 
 def take_loops(

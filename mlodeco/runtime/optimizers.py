@@ -16,6 +16,7 @@ from mlodeco.calculus.update import Update
 from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.notes import noted
+from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
 
 def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
@@ -35,11 +36,11 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
         optimizer = given
     elif callable(given):
         with noted("optimizer=", f"level {level.name!r} ({level.site})"):
-            made = (
-                given(module=level.module)
-                if _takes_module(given)
-                else given(list(level.parameters.values()))
-            )
+            if _takes_module(given):
+                with shown_stacked(level):
+                    made = given(module=level.module)
+            else:
+                made = given(list(level.parameters.values()))
         if not isinstance(made, Optimizer):
             raise _error(
                 level,
@@ -57,6 +58,7 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
         raise _error(
             level, "LBFGS evaluates the loss several times a step.", "use SGD, Adam or the like."
         )
+    check_entrywise(level, optimizer)
     _check_parameters(level, optimizer)
     return optimizer
 
@@ -110,6 +112,7 @@ def read_step(level: BuiltLevel, optimizer: Optimizer) -> OptimizerStep:
         groups=groups,
         clip_norm=level.declaration.clip_norm,
         tuning=level.tuning,
+        replicas=level.replicas,
     )
 
 
@@ -179,7 +182,9 @@ def _check_parameters(level: BuiltLevel, optimizer: Optimizer) -> None:
         raise _error(
             level,
             f"the optimizer steps {len(stepped - set(owned))} tensors that the level does not own.",
-            f"let it step the level's own parameters: {quoted(owned.values())}.",
+            "give a factory, such as functools.partial(SGD, lr=0.1): those of replicas are stacked."
+            if level.is_replicated
+            else f"let it step the level's own parameters: {quoted(owned.values())}.",
         )
     missing = [name for key, name in owned.items() if key not in stepped]
     if missing:

@@ -15,8 +15,9 @@ from mlodeco.calculus.slots import Place
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.runtime.build import Build
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.loops import items_of
+from mlodeco.runtime.replicas import copies_of
 from mlodeco.runtime.trainer import Trainer
 from mlodeco.tree import Tree
 
@@ -89,28 +90,37 @@ class Recorder:
         self._forget()
         level = self._level
         others = {seen: self._copies.of(seen) for seen in level.seen if seen != level.name}
+        copies = copies_of(self._built, level)
+        streams = None if copies else RecordedStreams(((muted.generator, generator),))
         point = Point(
             loss=level.loss,
             values=others,
-            batches=tuple(items_for(level, batch, muted) for batch in batches),
-            seed=0,
+            batches=items_of(level, batches, muted, copies),
+            seed=self._trainer.step_seed,
             generators=(muted.generator,),
             decisions=level.decisions,
-            streams=RecordedStreams(((muted.generator, generator),)),
+            streams=streams,
             buffers=self._buffers(),
+            copies=copies,
         )
         before = self._trainer.iterate() if self._keeps_iterate else None
         self._pending = TapeStep(point, self._trainer.read_update(), before)
 
-    def differentiate(self, items: Iterable[Mapping[str, object]]) -> Reverse:
+    def differentiate(
+        self, items: Iterable[Mapping[str, object]], generator: torch.Generator
+    ) -> Reverse:
         """The step's gradient with its graph, which is kept.
 
         Args:
             items: for each micro-batch what its function is given now.
+            generator: the one among them, seeded where the step's random numbers have a seed.
         """
         pending = self._step
         name = self._level.name
-        live = replace(pending, point=replace(pending.point, batches=tuple(items)))
+        live = replace(
+            pending,
+            point=replace(pending.point, batches=tuple(items), generators=(generator,)),
+        )
         parameters = {key: p.detach().clone() for key, p in self._level.parameters.items()}
         others = tuple(seen for seen in self._level.loss.sees if seen != name)
         graph = Reverse(live.problem(name, parameters, others))
@@ -142,6 +152,11 @@ class Recorder:
         start = max(begin, first, self._copied_at or 0)
         initial = self._level.init_from if is_whole and start == self._copied_at else None
         return Tape(self._level.name, tuple(self._steps[start - first :]), initial)
+
+    @property
+    def point(self) -> Point:
+        """Where the step that was begun takes its gradient."""
+        return self._step.point
 
     @property
     def _step(self) -> TapeStep:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
-from mlodeco.calculus.randomness import SavedRandomness
+from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
@@ -22,12 +22,12 @@ from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
     compute_hypergradient,
     muted_context,
     probe_level,
+    step_point,
     warn_of_nested_paths,
 )
 from mlodeco.runtime.functional import check_nested
@@ -40,9 +40,10 @@ from mlodeco.runtime.history import (
     as_number,
 )
 from mlodeco.runtime.hooks import Hooks, describe_validation
-from mlodeco.runtime.loops import recordings, unrolled_edges
+from mlodeco.runtime.loops import items_of, recordings, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
 from mlodeco.runtime.recorder import Copies, Recorder
+from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
@@ -143,7 +144,7 @@ class Runner:
         self.built: Build = build(registry)
         device = self._accelerator.device
         for level in self.built.levels.values():
-            level.module.to(device)
+            place_level(level, device)
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         validations = [Validation(d, self.built, place) for d in registry.validations]
@@ -283,6 +284,8 @@ class Runner:
             trainer.begin_step(ctx.generator)
             self._fire("before_step", name, ctx, batch=batches[-1].batch)
             trainer.tune()
+            if trainer.level.copied:
+                self._probe(name, batches)
             if recorder is not None:
                 recorder.begin_step(batches, self._muted(name), ctx.generator)
             found = self._differentiate(name, batches, ctx, recorder)
@@ -359,11 +362,13 @@ class Runner:
         trainer = self._trainers[name]
         rank = self._accelerator.process_index
         if not self.built.graph.lower[name]:
-            if not trainer.level.is_probed:
-                probe_level(self.built, name, batches[0], self._muted(name), rank)
+            self._probe(name, batches)
+            if trainer.level.copied:
+                return self._differentiate_replicas(name, batches, ctx, recorder)
             if recorder is not None and recorder.recording.keep_graph:
-                parts = [items_for(trainer.level, batch, ctx) for batch in batches]
-                return trainer.adopt_graph(recorder.differentiate(parts))
+                parts = items_of(trainer.level, batches, ctx)
+                graph = recorder.differentiate(parts, ctx.generator)
+                return trainer.adopt_graph(graph, recorder.point)
             return trainer.backward(batches, ctx)
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
@@ -387,6 +392,26 @@ class Runner:
         cosine = trainer.turn_of(hyper)
         found = Gradients(hyper.loss, hyper.metrics, hyper.solves, cosine)
         self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches, ctx))
+        return found
+
+    def _probe(self, name: str, batches: tuple[Drawn, ...]) -> None:
+        if not self.built.levels[name].is_probed:
+            rank = self._accelerator.process_index
+            probe_level(self.built, name, batches[0], self._muted(name), rank)
+
+    def _differentiate_replicas(
+        self, name: str, batches: tuple[Drawn, ...], ctx: Context, recorder: Recorder | None
+    ) -> Gradients:
+        """The gradients of a level's replicas, whose random numbers come from the step's seed."""
+        trainer, own = self._trainers[name], ctx.with_own_generator()
+        with randomness_set_aside(), torch.enable_grad():
+            point = step_point(self.built, name, batches, own, trainer.step_seed)
+            if recorder is not None and recorder.recording.keep_graph:
+                graph = recorder.differentiate(point.batches, own.generator)
+                found = trainer.adopt_graph(graph, point)
+            else:
+                found = trainer.differentiate(point)
+        ctx.adopt(own)
         return found
 
     def _extras(

@@ -20,6 +20,7 @@ from mlodeco.runtime.engine import make_point, muted_context, probe
 from mlodeco.runtime.functional import find_batches, prepare, present_entropy
 from mlodeco.runtime.loops import items_of, take_loops
 from mlodeco.runtime.modules import copy_into
+from mlodeco.runtime.replicas import single
 
 
 def solve(
@@ -38,6 +39,7 @@ def solve(
             remedy="write solve(level, batches=..., steps=5).",
         )
     built, _, given = prepare(level, batches, program, UNSET)
+    built = single(built, level)
     solved = built.levels[level]
     _, loops = find_batches(built, (level,), given, {level: count})
     with randomness_set_aside(), torch.enable_grad():

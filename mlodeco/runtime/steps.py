@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mlodeco.calculus.rule import Rule
+from mlodeco.calculus.rule import Rule, RuleOfEach
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss
 from mlodeco.calculus.tuning import Tuning
 from mlodeco.declare.binding import Binding, BoundUpdate, bind_update
@@ -103,6 +103,30 @@ def check_replicas(
                 )
 
 
+def check_counts(
+    declarations: Mapping[str, LevelDeclaration], copied: Mapping[str, Iterable[str]]
+) -> None:
+    """Refuses levels that see different numbers of replicas.
+
+    Raises:
+        GraphError: there is one.
+    """
+    for name, levels in copied.items():
+        counts = {
+            other: spec.count
+            for other in levels
+            if (spec := declarations[other].replicas) is not None
+        }
+        if len(set(counts.values())) > 1:
+            raise GraphError(
+                f"the level sees different numbers of replicas: {counts}.",
+                expected="one number: it is evaluated once for each replica.",
+                remedy="give these levels the same replicas=.",
+                level=name,
+                site=str(declarations[name].site),
+            )
+
+
 Owners = Mapping[int, tuple[str, str]]
 """For the identity of a parameter, its level and its name there."""
 
@@ -133,13 +157,22 @@ def make_rule(
     update: BoundUpdate | None,
     modules: Mapping[str, nn.Module],
     owners: Owners,
-) -> Rule | None:
+    declarations: Mapping[str, LevelDeclaration],
+) -> Rule | RuleOfEach | None:
     """The level's own update rule."""
     if update is None:
         return None
     function = update.declaration.function
     stateless = _stateless(declaration, function, update.reads, update.takes, modules, owners)
-    return Rule(stateless, update.takes, declaration.clip_norm)
+    rule = Rule(stateless, update.takes, declaration.clip_norm)
+    counts = {
+        name: spec.count
+        for name in (declaration.name, *rule.reads)
+        if (spec := declarations[name].replicas) is not None
+    }
+    if not counts:
+        return rule
+    return RuleOfEach(rule, next(iter(counts.values())), frozenset(counts))
 
 
 def _stateless(

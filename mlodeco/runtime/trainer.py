@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlodeco.calculus.clipping import clip_factor
-from mlodeco.calculus.products import Reverse
+from mlodeco.calculus.clipping import clip_factor, clip_rows, row_norms
+from mlodeco.calculus.point import LowerProblem, Point
+from mlodeco.calculus.products import Reverse, differentiate_once
 from mlodeco.calculus.randomness import SavedRandomness
-from mlodeco.calculus.rule import Rule
+from mlodeco.calculus.rule import Rule, RuleOfEach
 from mlodeco.calculus.slots import Slot, State
 from mlodeco.calculus.stateless import frozen, require_finite
 from mlodeco.calculus.sweep import Hypergradient, Memories, Solve
@@ -62,6 +63,7 @@ class Trainer:
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
         self._generator_before = torch.Generator().get_state()
+        self.step_seed = 0
 
     @property
     def epoch(self) -> int:
@@ -128,13 +130,22 @@ class Trainer:
             torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
         return Gradients(total, metrics)
 
-    def adopt_graph(self, graph: Reverse) -> Gradients:
+    def differentiate(self, point: Point) -> Gradients:
+        """The same at a point, for a level that sees replicas."""
+        found = differentiate_once(LowerProblem(point, self.level.name, ()))
+        self.adopt(found.gradient, found.state)
+        return self._reported(found.outcomes, point)
+
+    def adopt_graph(self, graph: Reverse, point: Point) -> Gradients:
         """The same from a gradient whose graph is kept."""
         self.adopt(graph.gradient(), graph.state)
-        share = 1.0 / len(graph.outcomes)
+        return self._reported(graph.outcomes, point)
+
+    def _reported(self, outcomes: list[tuple[Tensor, dict[str, Any]]], point: Point) -> Gradients:
+        share = 1.0 / len(outcomes)
         name, site = self.level.name, self.level.site
-        total = sum(share * require_finite(loss, name, site) for loss, _ in graph.outcomes)
-        return Gradients(total, graph.outcomes[-1][1])
+        total = sum(share * require_finite(loss, name, site) for loss, _ in outcomes)
+        return Gradients(*point.reported(total, [metrics for _, metrics in outcomes]))
 
     def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
         """Takes a hypergradient as ``.grad``, and the own buffers of its pass."""
@@ -170,7 +181,28 @@ class Trainer:
         """
         bound = self.level.declaration.clip_norm
         grads = self.gradients()
+        if self.level.is_replicated and grads:
+            return self._clip_each(grads)
         size = norm(grads)
+        self._require_finite(size)
+        factor = clip_factor(size, bound)
+        if factor != 1.0:
+            torch._foreach_mul_(list(grads.values()), factor)
+        return size
+
+    def _clip_each(self, grads: dict[str, Tensor]) -> float:
+        """Every replica's gradient by itself; the mean of their norms."""
+        sizes = row_norms(grads)
+        for size in sizes:
+            self._require_finite(size)
+        clipped = clip_rows(grads, self.level.declaration.clip_norm, len(sizes))
+        for key, grad in grads.items():
+            if clipped[key] is not grad:
+                grad.copy_(clipped[key])
+        return sum(sizes) / len(sizes)
+
+    def _require_finite(self, size: float) -> None:
+        """Refuses a norm that is not finite."""
         if not math.isfinite(size):
             raise NonFiniteError(
                 f"the norm of the gradient is {size}.",
@@ -180,10 +212,6 @@ class Trainer:
                 level=self.level.name,
                 site=self.level.site,
             )
-        factor = clip_factor(size, bound)
-        if factor != 1.0:
-            torch._foreach_mul_(list(grads.values()), factor)
-        return size
 
     def iterate(self) -> Iterate:
         """Where the level stands, in tensors that nobody changes."""
@@ -224,7 +252,7 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def _apply_rule(self, rule: Rule) -> None:
+    def _apply_rule(self, rule: Rule | RuleOfEach) -> None:
         before = Iterate(frozen(self.level.parameters), self.rule_state)
         after = rule.advance(before, self.gradients(), self._built.values(rule.reads))
         with torch.no_grad():
@@ -242,6 +270,10 @@ class Trainer:
     def _start_from(self, module: nn.Module) -> None:
         """Copies parameters and buffers in, and forgets what the optimizer has kept."""
         copy_into(self.level.module, module)
+        if self.level.is_replicated:
+            with torch.no_grad():
+                for key, parameter in self.level.parameters.items():
+                    parameter.copy_(self.level.template[key].detach().clone())
         self.rule_state = {}
         if self.optimizer is not None:
             fresh = fresh_state(self.level, self.optimizer)
@@ -250,10 +282,15 @@ class Trainer:
                 self.optimizer.state[self.level.parameters[key]] = state
 
     def begin_step(self, generator: torch.Generator) -> None:
-        """Remembers the random numbers before a step, for ``rollback``."""
+        """Remembers the random numbers before a step, for ``rollback``.
+
+        Those of a step that sees replicas are drawn from one seed.
+        """
         if self.level.declaration.rollback:
             self._before_last_step = SavedRandomness()
             self._generator_before = generator.get_state()
+        if self.level.copied:
+            self.step_seed = int(torch.randint(2**62, ()))
 
     def roll_back(self, generator: torch.Generator, step: Callable[[], None]) -> None:
         """Goes back to the start of the inner loop and repeats its last step as it was drawn.

@@ -15,7 +15,7 @@ from mlodeco.calculus.products.choice import (
     open_linearization,
 )
 from mlodeco.calculus.products.difference import Difference
-from mlodeco.calculus.products.first_order import first_gradient, gradient_and_state
+from mlodeco.calculus.products.first_order import differentiate_once, first_gradient
 from mlodeco.calculus.products.forward import push_gradient
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
@@ -28,8 +28,8 @@ __all__ = [
     "Difference",
     "Linearization",
     "Reverse",
+    "differentiate_once",
     "first_gradient",
-    "gradient_and_state",
     "open_curvature",
     "open_linearization",
     "push_gradient",

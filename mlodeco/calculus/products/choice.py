@@ -105,6 +105,9 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         "forward": Forward,
         "difference": Difference,
     }
+    if problem.opened is not None:
+        found: Curvature = problem.opened(problem, product)
+        return found
     if product not in modes:
         return Automatic(problem)
     return _NamedCurvature(modes[product](problem), problem, product)

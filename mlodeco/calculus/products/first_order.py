@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from mlodeco.calculus.copies import stacked
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.slots import State
+from mlodeco.calculus.split import split_point
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.tree import Tree, add
 
 
+@dataclass(frozen=True)
+class FirstOrder:
+    """What one pass over the micro-batches found.
+
+    Attributes:
+        gradient: of the mean loss; parameters that no loss touches are left out.
+        state: the tensors of the loss's slots behind it, updated buffers included.
+        outcomes: the losses with what came with them.
+    """
+
+    gradient: Tree
+    state: State
+    outcomes: list[tuple[Tensor, dict[str, Any]]]
+
+
 def first_gradient(problem: LowerProblem) -> Tree:
     """``dC/dw``, averaged over micro-batches; parameters that no loss touches are left out."""
-    return gradient_and_state(problem)[0]
+    return differentiate_once(problem).gradient
 
 
-def gradient_and_state(problem: LowerProblem) -> tuple[Tree, State]:
-    """The same, and the tensors of the loss's slots behind it, updated buffers included."""
-    point = problem.point
+def differentiate_once(problem: LowerProblem) -> FirstOrder:
+    """The same, with what came with it; one replica after another where there are several."""
+    point, copies = problem.point, problem.point.copies
+    if copies is not None and problem.level in copies.levels and not copies.is_vmapped:
+        return _of_each(problem, copies.count)
     own = live(problem.parameters)
     state = point.state({**point.values, problem.level: own})
     share = 1.0 / len(point.batches)
+    outcomes: list[tuple[Tensor, dict[str, Any]]] = []
 
     def differentiate() -> Tree:
         result: Tree = {}
-        for loss, _ in point.losses():
+        for loss, metrics in point.losses():
+            outcomes.append((loss.detach(), metrics))
             if loss.requires_grad:
                 # the loss is scaled and not its gradient, as in an ordinary step: bit for bit
                 result = add(result, gradient(loss if share == 1.0 else loss * share, own))
         return result
 
-    return point.loss.within(state, differentiate), state
+    return FirstOrder(point.loss.within(state, differentiate), state, outcomes)
+
+
+def _of_each(problem: LowerProblem, count: int) -> FirstOrder:
+    """With the memory of one replica; buffers are those behind the first."""
+    found = [
+        differentiate_once(replace(problem, point=split_point(problem.point, r)))
+        for r in range(count)
+    ]
+    outcomes = [
+        (loss * count, metrics)
+        for entries in zip(*(one.outcomes for one in found), strict=True)
+        for loss, metrics in entries
+    ]
+    gradients = stacked([one.gradient for one in found], problem.parameters)
+    return FirstOrder(gradients, found[0].state, outcomes)
