@@ -47,7 +47,8 @@ class Unroll(Options):
         first_order: take the gradients of the inner steps as constants (first-order MAML), so
             that no second derivative is needed; only ``init_from`` and what the update itself
             reads then carry anything.
-        product: ``"auto"``, ``"reverse"``, or ``"difference"`` where an operation has no second
+        product: ``"auto"``, ``"reverse"``; ``"forward"`` for memory: dual numbers in place of a
+            graph of the gradient, slower; ``"difference"`` where an operation has no second
             derivative.
 
     A level between others is rolled with its lower levels held, as in Eq. (2).
