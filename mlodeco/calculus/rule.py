@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlodeco.calculus.clipping import clip
 from mlodeco.calculus.copies import row
+from mlodeco.calculus.randomness import RecordedStreams
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.calculus.update import Iterate, Values
 from mlodeco.errors import OptimizerError, quoted
@@ -26,11 +27,13 @@ class Rule:
             "state" that it takes.
         takes: these.
         clip_norm: the largest norm of the gradient; None for no clipping.
+        streams: the random numbers that it draws from; None for those at hand.
     """
 
     function: StatelessLoss
     takes: tuple[str, ...]
     clip_norm: float | None = None
+    streams: RecordedStreams | None = None
     replicas: None = None
 
     @property
@@ -89,6 +92,8 @@ class Rule:
         }
         items = {name: offered[name] for name in self.takes}
         state = self.function.state({level: values[level] for level in self.reads})
+        if self.streams is not None:
+            self.streams.restore()
         try:
             returned = self.function.within(state, lambda: self.function.module.forward(items))
         except Exception as error:

@@ -256,6 +256,18 @@ def warn_of_nested_paths(built: Build, top: str, methods: Methods | None = None)
         )
 
 
+def seed_of(built: Build, name: str, draw: tuple[int, str, int, str]) -> int:
+    """The seed of a level's passes in one hypergradient.
+
+    Args:
+        built: the program.
+        name: the level whose loss is passed through.
+        draw: the process, the level whose hypergradient it is, its steps, and what else makes
+            the random numbers others.
+    """
+    return make_seed(built.run_seed, built.tick, name, *draw)
+
+
 def make_point(
     built: Build,
     name: str,
@@ -282,7 +294,7 @@ def make_point(
             values={seen: values[seen] for seen in level.seen},
             batches=items_of(level, batches, ctx, copies),
             part_of_batches=partial(_part_of_batches, level, batches, ctx, copies),
-            seed=make_seed(built.run_seed, built.tick, name, *draw),
+            seed=seed_of(built, name, draw),
             generators=(ctx.generator,),
             decisions=level.decisions,
             next_update=partial(next_update, level),
