@@ -286,6 +286,7 @@ def test_kept_graphs(name):
     [
         ("auto", CLOSE),
         ("reverse", CLOSE),
+        ("forward", CLOSE),
         ("difference", 1e-4),
     ],
 )

@@ -42,13 +42,15 @@ class Unroll(Options):
     Attributes:
         truncate: the last steps to differentiate; those before are constants. None for all.
         checkpoint_every: of how many steps one keeps its parameters and state; those between are
-            computed again. The square root of the number of steps needs the least memory.
+            computed again. The square root of the number of steps needs the least memory. In a
+            run with hooks between steps, which may change parameters, every step keeps them.
         keep_graph: keep the graph of each step's gradient from when the step is taken: no
             gradient is computed again, and memory grows with the number of steps.
         first_order: take the gradients of the inner steps as constants (first-order MAML), so
             that no second derivative is needed; only ``init_from`` and what the update itself
             reads then carry anything.
-        product: ``"auto"``, ``"reverse"``, or ``"difference"`` where an operation has no second
+        product: ``"auto"``, ``"reverse"``; ``"forward"`` for memory: dual numbers in place of a
+            graph of the gradient, slower; ``"difference"`` where an operation has no second
             derivative.
 
     A level between others is rolled with its lower levels held, as in Eq. (2).

@@ -72,6 +72,12 @@ class Hooks:
         """Whether some hook takes ``grads``."""
         return any("grads" in hook.arguments for hooks in self._by_event.values() for hook in hooks)
 
+    @property
+    def act_on_steps(self) -> bool:
+        """Whether some hook is called between an update and the next gradient."""
+        elsewhere = ("run_start", "hypergradient", "after_backward", "run_end")
+        return any(event not in elsewhere for event in self._by_event)
+
     def fire(self, event: str, level: str | None = None, **offered: Any) -> None:
         """Calls the hooks of an event, in the order of their declaration."""
         for hook in self._by_event.get(event, ()):

@@ -149,7 +149,8 @@ def make_tuning(
             for option, function in declaration.tune.items()
         }
 
-    return Tuning(_stateless(declaration, compute, reads, (), modules, owners))
+    function = _module(compute, reads, (), modules)
+    return Tuning(StatelessLoss(declaration.name, str(declaration.site), function, owners))
 
 
 def make_rule(
@@ -162,8 +163,9 @@ def make_rule(
     """The level's own update rule."""
     if update is None:
         return None
-    function = update.declaration.function
-    stateless = _stateless(declaration, function, update.reads, update.takes, modules, owners)
+    function = _module(update.declaration.function, update.reads, update.takes, modules)
+    site = str(update.declaration.site)
+    stateless = StatelessLoss(declaration.name, site, function, owners)
     rule = Rule(stateless, update.takes, declaration.clip_norm)
     counts = {
         name: spec.count
@@ -175,17 +177,13 @@ def make_rule(
     return RuleOfEach(rule, next(iter(counts.values())), frozenset(counts))
 
 
-def _stateless(
-    declaration: LevelDeclaration,
+def _module(
     function: Callable[..., Any],
     reads: Iterable[str],
     items: tuple[str, ...],
     modules: Mapping[str, nn.Module],
-    owners: Owners,
-) -> StatelessLoss:
-    """A function of levels' modules and of items, as one of their parameters."""
+) -> LevelModule:
+    """A function of levels' modules and of items, as one of the items alone."""
     read = {name: modules[name] for name in reads}
-    module = LevelModule(
-        function, read, (*items, *read), {name: name for name in read}, frozenset()
-    )
-    return StatelessLoss(declaration.name, str(declaration.site), module, owners)
+    names = {name: name for name in read}
+    return LevelModule(function, read, (*items, *read), names, frozenset())
