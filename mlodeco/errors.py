@@ -135,5 +135,9 @@ class SolverWarning(MlodecoWarning):
     """A linear solve ended in trouble; its solution is used as it is."""
 
 
+class DriftWarning(MlodecoWarning):
+    """The processes of a run no longer have the same parameters."""
+
+
 class RedeclarationWarning(MlodecoWarning):
     """An interactive declaration replaced an earlier one of the same name."""

@@ -379,6 +379,21 @@ def told():
     return seen
 
 
+def drifts():
+    """A hook that moves parameters by random numbers of each process."""
+    program = bilevel("identity", 2)
+
+    @program.on("after_step", level="low")
+    def shake(low, ctx):
+        with torch.no_grad():
+            low[0].bias.add_(torch.rand((), dtype=torch.float64, generator=ctx.generator))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mlodeco.run(2, program=program, progress="off")
+    return [str(w.message) for w in caught if w.category is mlodeco.errors.DriftWarning]
+
+
 def refused():
     """The message of an error that all processes meet alike."""
     try:
@@ -394,7 +409,7 @@ def healthy():
     for name in ("neumann", "sama", "unroll", "cg"):
         found[f"once {name}"] = count_collectives(METHODS[name], reduce="once")
     found["exact"] = count_collectives("neumann")
-    extra = (samples, stops, buffers, told, refused)
+    extra = (samples, stops, buffers, told, drifts, refused)
     found |= {f.__name__: f() for f in extra}
     return found | {"validated": validated(2), "differs": failing("differs")}
 

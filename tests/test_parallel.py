@@ -167,6 +167,12 @@ def test_progress_is_printed_once(healthy):
     assert "step" not in second
 
 
+def test_processes_that_drift_apart_are_told_of_once(healthy):
+    (message,), nothing = (found["drifts"] for found in healthy[0])
+    assert "the parameters of 'low' are not the same" in message
+    assert nothing == []
+
+
 def test_an_unknown_reduction_is_refused(healthy):
     for found in healthy[0]:
         assert "Did you mean 'once'?" in found["refused"]

@@ -18,7 +18,7 @@ from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
-from mlodeco.errors import MlodecoError, MlodecoWarning, RunError, counted, quoted
+from mlodeco.errors import DriftWarning, MlodecoError, MlodecoWarning, RunError, counted, quoted
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
@@ -228,11 +228,28 @@ class Runner:
         require_same(self._processes, "the names and shapes of parameters and buffers", shapes)
         self._processes.copy_from_main([t for _, t in found])
 
-    def _share_buffers(self) -> None:
-        """Gives all processes the buffers of the main one, which each process's own data moved."""
-        if self._processes.count > 1:
-            modules = (level.module for level in self.built.levels.values())
-            self._processes.copy_from_main([b for module in modules for b in module.buffers()])
+    def _compare_notes(self) -> None:
+        """Gives all processes the buffers of the main one, which each process's own data moved.
+
+        Warns of parameters that are no longer the same.
+        """
+        if self._processes.count == 1:
+            return
+        levels = self.built.levels
+        modules = (level.module for level in levels.values())
+        self._processes.copy_from_main([b for module in modules for b in module.buffers()])
+        tensors = {name: level.parameters.values() for name, level in levels.items()}
+        sums = {name: [float(t.detach().sum()).hex() for t in ts] for name, ts in tensors.items()}
+        found = self._processes.exchange(sums)
+        drifted = [name for name in levels if any(one[name] != found[0][name] for one in found)]
+        if drifted:
+            warnings.warn(
+                f"the parameters of {quoted(drifted)} are not the same in all processes. Remedy: "
+                "let hooks and update rules change parameters alike in each; for random numbers "
+                "give them a generator of their own, seeded alike.",
+                DriftWarning,
+                stacklevel=3,
+            )
 
     @property
     def is_main(self) -> bool:
@@ -275,7 +292,7 @@ class Runner:
             while self.tick < last and self._stop_reason is None:
                 self.step()
             final = tuple(self._validate(final=True))
-            self._share_buffers()
+            self._compare_notes()
             if final:
                 self._tell(Tick(self.tick, (), final))
             result = Result(
@@ -572,7 +589,7 @@ class Runner:
             is_due = final or self.tick % validation.declaration.every == 0
             if not is_due or validation.last_tick == self.tick:
                 continue
-            self._share_buffers()
+            self._compare_notes()
             ctx = self._context(None)
             try:
                 metrics = validation.run(ctx)
