@@ -276,7 +276,7 @@ class Runner:
             RunError: ``steps`` is not a positive integer.
         """
         check_steps(steps)
-        with self._processes.ended_together():
+        with self._processes.ended_together(), _quiet(self._processes):
             return self._run(steps)
 
     def _run(self, steps: int) -> Result:
