@@ -42,7 +42,7 @@ class Unroll(Options):
         truncate: the last steps to differentiate; those before are constants. None for all.
         checkpoint_every: of how many steps one keeps its parameters and state; those between are
             computed again. The square root of the number of steps needs the least memory. In a
-            run with hooks between steps, which may change parameters, every step keeps them.
+            run with hooks between its steps, which may change parameters, every step keeps them.
         keep_graph: keep the graph of each step's gradient from when the step is taken: no
             gradient is computed again, and memory grows with the number of steps.
         first_order: take the gradients of the inner steps as constants (first-order MAML), so

@@ -178,7 +178,7 @@ class Runner:
                 self._trainers[name],
                 recording,
                 values,
-                is_watched=self._hooks.act_on_steps,
+                is_watched=self._hooks.come_between(name),
             )
         return found
 
