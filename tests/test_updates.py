@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 import mlodeco
 from mlodeco import Program, Runner
-from mlodeco.errors import MethodError, MlodecoError, OptimizerError, RunError
+from mlodeco.errors import GraphError, MethodError, MlodecoError, OptimizerError, RunError
 from mlodeco.hypergrad import CG, Dense, Identity, Neumann, Sama, Unroll, UnrollForward
 from mlodeco.runtime.trainer import Trainer
 from tests.problems import network, randn, spd
@@ -1598,3 +1598,20 @@ def test_a_run_keeps_the_iterates_that_were_asked_for(method, kept, monkeypatch)
 
     run(case.program, 48)
     assert alive == [kept] * 3
+
+
+def test_a_rule_that_reads_different_numbers_of_replicas_is_refused():
+    program = Program()
+    program.level("la", module={"w": torch.ones(1)}, replicas=2)(lambda la: la.w.sum())
+    program.level("lb", module={"w": torch.ones(1)}, replicas=4)(lambda lb: lb.w.sum())
+    program.level("up", lower=["la", "lb"], module={"w": torch.ones(1)})(lambda up: up.w.sum())
+
+    @program.update("up")
+    def rule(params, la, lb):
+        return {"w": la.w.detach() + lb.w.detach()}, {}
+
+    with pytest.raises(GraphError, match="the update rule sees different numbers") as found:
+        Runner(program)
+    assert found.value.level == "up"
+    assert "test_updates.py" in str(found.value)
+    assert "{'la': 2, 'lb': 4}" in str(found.value)

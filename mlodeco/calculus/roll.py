@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from mlodeco.calculus.products import Reverse, differentiate_once
 from mlodeco.calculus.randomness import RecordedStreams
 from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.slots import Place
-from mlodeco.calculus.tape import Recording, Tape, TapeStep
+from mlodeco.calculus.tape import Origins, Recording, Tape, TapeStep
 from mlodeco.calculus.update import Iterate, Update
 
 Buffers = Mapping[Place, Tensor]
@@ -26,12 +26,12 @@ class Start:
     Attributes:
         iterate: the level's parameters and the state of its update.
         buffers: the buffers that the level's steps change.
-        initial: the level whose parameters these are; None for the level's own.
+        initial: where parameters that were copied in come from.
     """
 
     iterate: Iterate
     buffers: Buffers
-    initial: str | None = None
+    initial: Origins = field(default_factory=dict)
 
 
 def roll(

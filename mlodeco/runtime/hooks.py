@@ -72,11 +72,15 @@ class Hooks:
         """Whether some hook takes ``grads``."""
         return any("grads" in hook.arguments for hooks in self._by_event.values() for hook in hooks)
 
-    @property
-    def act_on_steps(self) -> bool:
-        """Whether some hook is called between an update and the next gradient."""
+    def come_between(self, level: str) -> bool:
+        """Whether some hook of a level, or of all, is called between its steps."""
         elsewhere = ("run_start", "hypergradient", "after_backward", "run_end")
-        return any(event not in elsewhere for event in self._by_event)
+        return any(
+            hook.declaration.level in (None, level)
+            for event, hooks in self._by_event.items()
+            for hook in hooks
+            if event not in elsewhere
+        )
 
     def fire(self, event: str, level: str | None = None, **offered: Any) -> None:
         """Calls the hooks of an event, in the order of their declaration."""

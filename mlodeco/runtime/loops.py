@@ -76,7 +76,7 @@ def start_of(built: Build, name: str, buffers: Buffers) -> Start:
     if level.replicas is not None:
         parameters = spread(parameters, level.replicas)
     present |= _buffers_from(level, initial)
-    return Start(Iterate(parameters, _fresh_state(level)), present, level.init_from)
+    return Start(Iterate(parameters, _fresh_state(level)), present, level.origins)
 
 
 def _buffers_from(level: BuiltLevel, initial: BuiltLevel) -> dict[Place, Tensor]:

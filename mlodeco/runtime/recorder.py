@@ -184,7 +184,7 @@ class Recorder:
         is_whole = self._started_at is not None and self._started_at >= begin
         first = self._count - len(self._steps)
         start = max(begin, first, self._started_at or 0)
-        initial = self._level.init_from if is_whole and start == self._started_at else None
+        initial = self._level.origins if is_whole and start == self._started_at else {}
         return Tape(self._level.name, tuple(self._steps[start - first :]), initial)
 
     @property

@@ -203,7 +203,7 @@ class Runner:
                 self._trainers[name],
                 recording,
                 values,
-                is_watched=self._hooks.act_on_steps,
+                is_watched=self._hooks.come_between(name),
                 mean=self._exact_mean,
             )
         return found
