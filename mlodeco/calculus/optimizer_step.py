@@ -68,6 +68,13 @@ class OptimizerStep:
         """The levels from which its options are computed."""
         return self.tuning.reads if self.tuning else ()
 
+    @property
+    def rests_at_zero(self) -> bool:
+        """Whether it is SGD with neither momentum nor weight decay."""
+        options = [group.options for group in self.groups]
+        is_plain = all(not o.get("momentum") and not o.get("weight_decay") for o in options)
+        return self.kind is SGD and is_plain and self.tuning is None
+
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The step as a run makes it, bit for bit; parameters without a gradient stay."""
         clipped = clip_rows(gradients, self.clip_norm, self.replicas)

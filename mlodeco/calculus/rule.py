@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Rule:
     clip_norm: float | None = None
     streams: RecordedStreams | None = None
     replicas: None = None
+    rests_at_zero: ClassVar[bool] = True
+    """It is given zeros for gradients that there are not."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -164,6 +166,7 @@ class RuleOfEach:
     rule: Rule
     count: int
     levels: frozenset[str]
+    rests_at_zero: ClassVar[bool] = True
 
     @property
     def reads(self) -> tuple[str, ...]:
