@@ -188,7 +188,7 @@ def formatted(row: "list[float] | np.ndarray") -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--turns", type=int, default=20, help="of hyper (default: 20)")
+    parser.add_argument("--turns", type=int, default=16, help="of hyper (default: 16)")
     given = parser.parse_args()
     if given.seeds < 1 or given.turns < 1:
         parser.error("--seeds and --turns must be at least 1")

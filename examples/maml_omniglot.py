@@ -80,7 +80,7 @@ METHODS = {
     "maml": Method(Unroll(), 5, 0.4),
     "fomaml": Method(Unroll(first_order=True), 5, 0.2),
     "anil": Method(Unroll(), 5, 0.4),
-    "imaml": Method(CG(max_steps=5, damping=1.0), 10, 0.2),
+    "imaml": Method(CG(max_steps=5, damping=3.0), 10, 0.2),
     "reptile": Method(None, 5, 0.4),  # it steps by a rule of its own
 }
 
