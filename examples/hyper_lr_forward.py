@@ -14,7 +14,7 @@ The table has the accuracy on images that neither level sees: with the best of 3
 and one coefficient for all columns; with the best of as many random draws of the four numbers as
 `hyper` has turns, and of ten times as many; and with what `hyper` finds. All are chosen by the loss
 on the same 300 images, and the search ranges hold what `hyper` finds. A turn carries four
-derivatives along and takes the time of about thirty plain trainings.
+derivatives along and takes the time of thirty to forty plain trainings.
 
     python examples/hyper_lr_forward.py
 """
