@@ -99,7 +99,7 @@ class OptimizerStep:
         Raises:
             OptimizerError: the optimizer's step cannot be differentiated.
         """
-        self._require_differentiable()
+        self.require_differentiable()
         tuned = self._tuned(values)
         copies = {key: before.parameters[key].clone() for key in self._stepped(gradients)}
         resting = frozenset[str]() if "lr" in tuned else self._at_rest
@@ -215,7 +215,12 @@ class OptimizerStep:
             raise
         return known
 
-    def _require_differentiable(self) -> None:
+    def require_differentiable(self) -> None:
+        """Refuses an optimizer whose step autograd cannot follow.
+
+        Raises:
+            OptimizerError: it is one.
+        """
         options = self.groups[0].options if self.groups else {}
         if "differentiable" not in options:
             raise self._refusal("it has no differentiable form")

@@ -66,7 +66,15 @@ class Rule:
         Raises:
             OptimizerError: it returned something else than parameters and a state.
         """
-        return self._call(before, gradients, values)
+        found = self._call(before, gradients, values)
+        inputs = before.parameters.values()
+        if any(t.requires_grad for t in inputs) and not any(
+            t.requires_grad for t in found.parameters.values()
+        ):
+            raise self._refusal(
+                "returned parameters without a graph, as under torch.no_grad() or by .detach()"
+            )
+        return found
 
     def carried(self, state: Mapping[str, Any]) -> Tree:
         """The floating point tensors in the state, by their paths."""

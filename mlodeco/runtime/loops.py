@@ -157,6 +157,16 @@ def items_of(
     return tuple(entry for items in found for entry in entries_of(level, items, copies))
 
 
+def require_differentiable(level: BuiltLevel, optimizer: Optimizer | None = None) -> None:
+    """Refuses an optimizer whose steps cannot be differentiated, before any is taken.
+
+    Raises:
+        OptimizerError: it is one.
+    """
+    if level.rule is None:
+        read_step(level, optimizer or _optimizer(level)).require_differentiable()
+
+
 def take_loops(
     built: Build,
     loops: Mapping[str, Sequence[Batches]],
