@@ -286,6 +286,7 @@ def test_kept_graphs(name):
     [
         ("auto", CLOSE),
         ("reverse", CLOSE),
+        ("forward", CLOSE),
         ("difference", 1e-4),
     ],
 )
@@ -1243,3 +1244,110 @@ def test_micro_batches_of_every_step_are_counted():
     short = [*case.batches[:2], case.batches[2][:1]]
     with pytest.raises(MlodecoError, match="accumulate"):
         case.hypergradient(Unroll(), batches={"low": short, "top": case.top_batch})
+
+
+class Pair(nn.Module):
+    """Two vectors, or one in both places."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, 0.5, -1.0]))
+        self.b = self.a if tied else nn.Parameter(torch.tensor([0.3, -0.2, 0.1]))
+
+    def forward(self, x):
+        return 2 * (x * self.a).sum() + (x * x * self.b).sum()
+
+
+def started(copies=None):
+    """A level of two vectors; its loss, that of the levels above, and its derivative."""
+    program, x = Program(), torch.tensor([0.1, -0.2, 0.3])
+    options = {"init_from": "init", "inner_steps": 2, "optimizer": partial(SGD, lr=0.1)}
+
+    @program.level("low", module=Pair, replicas=copies, **options)
+    def low(low):
+        return (low(x) - 1) ** 2
+
+    def outer(low):
+        return (low(x) + 3) ** 2
+
+    def expected(a, b):
+        first, second = a.clone().requires_grad_(), b.clone().requires_grad_()
+        w = [first, second]
+        for _ in range(2):
+            loss = (2 * (x * w[0]).sum() + (x * x * w[1]).sum() - 1) ** 2
+            found = torch.autograd.grad(loss, w, create_graph=True)
+            w = [t - 0.1 * g for t, g in zip(w, found, strict=True)]
+        loss = (2 * (x * w[0]).sum() + (x * x * w[1]).sum() + 3) ** 2
+        return torch.autograd.grad(loss, [first, second])
+
+    return program, outer, expected
+
+
+STARTS = pytest.mark.parametrize("method", [Unroll(), UnrollForward()])
+
+
+@STARTS
+@pytest.mark.parametrize("copies", [None, 2])
+def test_a_tied_start_hears_of_both_its_copies(method, copies):
+    program, outer, expected = started(copies)
+
+    @program.level("init", lower=["low"], module=lambda: Pair(tied=True), hypergrad=method)
+    def init(low):
+        return outer(low)
+
+    found = mlodeco.hypergradient("init", program=program)
+    a = program.module("init").a.detach()
+    assert relative(found, {"a": sum(expected(a, a))}) < CLOSE
+
+
+@STARTS
+@pytest.mark.parametrize("copies", [None, 2])
+def test_both_owners_of_a_start_learn(method, copies):
+    program, outer, expected = started(copies)
+
+    @program.level("init", lower=["low"], module=Pair, params=["a"], hypergrad=method)
+    def init(low):
+        return outer(low)
+
+    @program.level("other", lower=["low"], module="init", params=["b"], hypergrad=method)
+    def other(low):
+        return outer(low)
+
+    start = program.module("init")
+    a, b = expected(start.a.detach(), start.b.detach())
+    assert relative(mlodeco.hypergradient("init", program=program), {"a": a}) < CLOSE
+    assert relative(mlodeco.hypergradient("other", program=program), {"b": b}) < CLOSE
+
+
+@STARTS
+def test_a_start_hears_of_its_own_parameters_alone(method):
+    program, outer, expected = started()
+
+    @program.level(
+        "init",
+        lower=["low"],
+        module=Pair,
+        params=["a"],
+        hypergrad=method,
+        optimizer=partial(SGD, lr=0.0),
+    )
+    def init(low):
+        return outer(low)
+
+    start = program.module("init")
+    a, _ = expected(start.a.detach(), start.b.detach())
+    found = mlodeco.hypergradient("init", program=program)
+    assert list(found) == ["a"]
+    runner = Runner(program, seed=0)
+    steps = [step for _ in range(2) for step in runner.step().steps if step.level == "init"]
+    assert [step.grad_norm for step in steps] == [pytest.approx(float(a.norm()))]
+
+
+def test_one_copy_of_two_originals_is_refused():
+    program = Program()
+    tied = partial(Pair, tied=True)
+    program.level("low", module=tied, init_from="init")(lambda low: low.a.sum())
+    program.level("init", lower=["low"], module=Pair)(lambda low: low.a.sum())
+    with pytest.raises(MlodecoError, match="'a', 'b' are one") as found:
+        mlodeco.hypergradient("init", program=program)
+    assert found.value.level == "low"

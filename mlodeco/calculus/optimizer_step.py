@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ _PLAIN = {"differentiable": True, "foreach": False, "fused": None, "capturable":
 
 _COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 """What optimizers keep beside moments: numbers that depend on the count of steps alone."""
+
+_LEFT_OUT_AT_ZERO = frozenset({"momentum", "weight_decay"})
+"""Options that a step does not look at where they are zero."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,13 @@ class OptimizerStep:
         """The levels from which its options are computed."""
         return self.tuning.reads if self.tuning else ()
 
+    @property
+    def rests_at_zero(self) -> bool:
+        """Whether it is SGD with neither momentum nor weight decay."""
+        options = [group.options for group in self.groups]
+        is_plain = all(not o.get("momentum") and not o.get("weight_decay") for o in options)
+        return self.kind is SGD and is_plain and self.tuning is None
+
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The step as a run makes it, bit for bit; parameters without a gradient stay."""
         clipped = clip_rows(gradients, self.clip_norm, self.replicas)
@@ -89,9 +100,9 @@ class OptimizerStep:
             OptimizerError: the optimizer's step cannot be differentiated.
         """
         self._require_differentiable()
-        tuned = self.tuning.tensors(values) if self.tuning else {}
+        tuned = self._tuned(values)
         copies = {key: before.parameters[key].clone() for key in self._stepped(gradients)}
-        resting = self._at_rest
+        resting = frozenset[str]() if "lr" in tuned else self._at_rest
         clones = {key: copy.grad_fn for key, copy in copies.items()}
         groups: list[dict[str, Any]] = []
         state: dict[Tensor, dict[str, Any]] = {}
@@ -137,6 +148,26 @@ class OptimizerStep:
             for key, known in state.items()
         }
 
+    def _tuned(self, values: Values) -> dict[str, Any]:
+        """The tuned options as tensors.
+
+        Raises:
+            OptimizerError: one is where torch leaves it out, so that it would have no derivative.
+        """
+        tuned = self.tuning.tensors(values) if self.tuning else {}
+        for name, value in tuned.items():
+            is_lost = name in _LEFT_OUT_AT_ZERO or (name == "lr" and issubclass(self.kind, Adam))
+            if is_lost and isinstance(value, Tensor) and float(value.detach()) == 0.0:
+                raise OptimizerError(
+                    f"tune={{{name!r}: ...}} is 0, where {self.kind.__name__} has no derivative "
+                    "in it.",
+                    expected="a number above 0.",
+                    remedy=f"start from a small number: lambda hyper: hyper.log_{name}.exp().",
+                    level=self.level,
+                    site=self.site,
+                )
+        return tuned
+
     def _stepped(self, gradients: Tree) -> Iterable[str]:
         return [key for group in self.groups for key in group.keys if key in gradients]
 
@@ -172,10 +203,11 @@ class OptimizerStep:
         is_differentiable = bool(groups[0].get("differentiable"))
         is_new = any(not known.get(p) for group in groups for p in group["params"])
         try:
-            if is_differentiable and is_new and not issubclass(self.kind, SGD):
-                with _WideScalars():
-                    self.kind.step(fresh)
-            else:
+            with ExitStack() as stack:
+                if is_differentiable and is_new and not issubclass(self.kind, SGD):
+                    stack.enter_context(_WideScalars())
+                if is_differentiable and self.tuning and not issubclass(self.kind, SGD):
+                    stack.enter_context(_SafeRoots())
                 self.kind.step(fresh)
         except Exception as error:
             if is_differentiable:
@@ -223,6 +255,23 @@ class _WideScalars(Interception):
         if is_new and isinstance(result, Tensor) and result.dim() == 0:
             return result.double() if result.is_floating_point() else result
         return result
+
+
+class _SafeRoots(Interception):
+    """Square roots with derivative 0 at 0.
+
+    Where a gradient has always been zero, so is the mean of its squares in Adam and its kin, whose
+    root has no derivative there: autograd makes NaN of it, and so of a tuned option, into which
+    all entries are summed.
+    """
+
+    def intercept(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if func is not Tensor.sqrt:
+            return func(*args, **kwargs)
+        zero = args[0] == 0.0
+        return args[0].masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
 def _cloned(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mlodeco.calculus.clipping import clip
 from mlodeco.calculus.copies import row
+from mlodeco.calculus.randomness import RecordedStreams
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.calculus.update import Iterate, Values
 from mlodeco.errors import OptimizerError, quoted
@@ -22,20 +23,30 @@ class Rule:
     """``(w', s') = rule(w, g, s)``, with the modules of the levels that it reads.
 
     Attributes:
-        function: the rule; its items are those of "params", "grads" and "state" that it takes.
+        function: the rule, at its own place; its items are those of "params", "grads" and
+            "state" that it takes.
         takes: these.
         clip_norm: the largest norm of the gradient; None for no clipping.
+        streams: the random numbers that it draws from; None for those at hand.
     """
 
     function: StatelessLoss
     takes: tuple[str, ...]
     clip_norm: float | None = None
+    streams: RecordedStreams | None = None
     replicas: None = None
+    rests_at_zero: ClassVar[bool] = True
+    """It is given zeros for gradients that there are not."""
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The levels whose parameters the rule sees."""
         return tuple(level for level in self.function.sees if level != self.function.level)
+
+    @property
+    def unclipped(self) -> Rule:
+        """The rule for gradients that are clipped already."""
+        return replace(self, clip_norm=None)
 
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The rule without a graph, on copies.
@@ -45,7 +56,8 @@ class Rule:
         """
         with torch.no_grad():
             found = self._call(before, clip(gradients, self.clip_norm), values)
-        state: Any = _mapped(found.state, "", lambda _, tensor: tensor.detach())
+        # copies: a state may be made of the parameters that the rule reads, which will move
+        state: Any = _mapped(found.state, "", lambda _, tensor: tensor.detach().clone())
         return Iterate({key: t.detach() for key, t in found.parameters.items()}, state)
 
     def apply(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
@@ -82,7 +94,14 @@ class Rule:
         }
         items = {name: offered[name] for name in self.takes}
         state = self.function.state({level: values[level] for level in self.reads})
-        returned = self.function.within(state, lambda: self.function.module.forward(items))
+        if self.streams is not None:
+            self.streams.restore()
+        try:
+            returned = self.function.within(state, lambda: self.function.module.forward(items))
+        except Exception as error:
+            where = f"level {self.function.level!r} ({self.function.site})"
+            error.add_note(f"raised in the update rule of {where}")
+            raise
         return self._checked(returned, before)
 
     def _checked(self, returned: Any, before: Iterate) -> Iterate:
@@ -94,13 +113,18 @@ class Rule:
             raise self._refusal(f"returned {kinds}")
         for key, value in before.parameters.items():
             found = parameters.get(key)
-            if not isinstance(found, Tensor) or found.shape != value.shape:
-                what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise self._refusal(f"returned {what} for {key!r}, of shape {tuple(value.shape)}")
+            if not isinstance(found, Tensor):
+                raise self._refusal(f"returned {type(found).__name__} for {key!r}")
+            if not found.is_floating_point():
+                raise self._refusal(f"returned {found.dtype} for {key!r}, of {value.dtype}")
+            if found.shape != value.shape:
+                shapes = f"{tuple(found.shape)} for {key!r}, of shape {tuple(value.shape)}"
+                raise self._refusal(f"returned {shapes}")
         unknown = [key for key in parameters if key not in before.parameters]
         if unknown:
             raise self._refusal(f"returned parameters {quoted(map(str, unknown))}")
-        return Iterate({key: parameters[key] for key in before.parameters}, dict(state))
+        moved = {key: parameters[key].to(value) for key, value in before.parameters.items()}
+        return Iterate(moved, dict(state))
 
     def _refusal(self, what: str) -> OptimizerError:
         return OptimizerError(
@@ -118,9 +142,9 @@ def _mapped(value: Any, path: str, change: Callable[[str, Tensor], Tensor]) -> A
     if isinstance(value, Tensor):
         return change(path, value)
     if isinstance(value, Mapping):
-        return {key: _mapped(part, f"{path}/{key}", change) for key, part in value.items()}
+        return {key: _mapped(part, f"{path}[{key!r}]", change) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        parts = [_mapped(part, f"{path}/{n}", change) for n, part in enumerate(value)]
+        parts = [_mapped(part, f"{path}[{n}]", change) for n, part in enumerate(value)]
         return parts if isinstance(value, list) else tuple(parts)
     return value
 
@@ -142,6 +166,7 @@ class RuleOfEach:
     rule: Rule
     count: int
     levels: frozenset[str]
+    rests_at_zero: ClassVar[bool] = True
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -152,6 +177,11 @@ class RuleOfEach:
     def clip_norm(self) -> float | None:
         """The largest norm of the gradient, of each replica's by itself."""
         return self.rule.clip_norm
+
+    @property
+    def unclipped(self) -> RuleOfEach:
+        """The rule for gradients that are clipped already."""
+        return replace(self, rule=self.rule.unclipped)
 
     @property
     def replicas(self) -> int | None:

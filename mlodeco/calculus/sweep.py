@@ -82,8 +82,10 @@ def sweep(
 
     Raises:
         LossError: a loss function returned no scalar loss.
+        MethodError: no method differentiates what the top level acts on.
         NonFiniteError: a loss, a cotangent or a solution is not finite.
     """
+    _refuse_blind_methods(plan, points, methods)
     first = _direct_pass(plan, points[plan.top])
     indirect: Tree = {}
     pending = _Cotangents()
@@ -126,6 +128,38 @@ def sweep(
         solves=tuple(solves),
         state=first.state,
         memories=kept,
+    )
+
+
+def _refuse_blind_methods(
+    plan: SweepPlan,
+    points: Mapping[str, Point],
+    methods: Mapping[tuple[str, str], Method],
+) -> None:
+    """Refuses linear solves where the top level enters no loss, but only steps.
+
+    Raises:
+        MethodError: every path to the top level ends in such a solve.
+    """
+    feeding = {visit.level for visit in plan.visits if visit.feeds_top}
+    edges = [(upper, low) for upper, low in plan.edges if low in feeding]
+    blind = [
+        (upper, low)
+        for upper, low in edges
+        if plan.top not in points[low].loss.sees and not hasattr(methods[upper, low], "recording")
+    ]
+    if not blind or len(blind) < len(edges):
+        return
+    upper, low = blind[0]
+    raise MethodError(
+        f"{plan.top!r} acts on this level through its steps alone (init_from=, tune= or an "
+        f"@update rule), and {type(methods[upper, low]).__name__}, by which {upper!r} "
+        "differentiates it, sees its loss alone: the derivative would be zero.",
+        expected="a method that differentiates the steps.",
+        remedy=f"set hypergrad='unroll' at {upper!r}; for init_from={plan.top!r} a loss that "
+        f"reads {plan.top!r} does too, as in iMAML: add lam / 2 * |w - init|**2 to it.",
+        level=low,
+        site=points[low].loss.site,
     )
 
 

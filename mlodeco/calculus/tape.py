@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from mlodeco.calculus.point import LowerProblem, Point
-from mlodeco.calculus.products import Reverse, first_gradient
+from mlodeco.calculus.products import Cross, Reverse, first_gradient
 from mlodeco.calculus.update import Iterate, Update
-from mlodeco.tree import Tree
+from mlodeco.tree import Tree, add
+
+Origins = Mapping[str, tuple[str, str]]
+"""For a parameter's name the level that owns the one it was copied from, and its name there."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,14 @@ class Tape:
     Attributes:
         level: the level that took them.
         steps: the steps; the first has its iterate.
-        initial: the level whose parameters were copied in before the first; None if none were.
+        initial: where parameters that were copied in before the first come from; those that no
+            level above owns are left out.
         end: the iterate behind the last, where it is not the level's present one.
     """
 
     level: str
     steps: tuple[TapeStep, ...]
-    initial: str | None = None
+    initial: Origins = field(default_factory=dict)
     end: Iterate | None = None
 
     @property
@@ -90,17 +94,31 @@ class Tape:
         copies = self.steps[0].point.copies if self.steps else None
         return copies is not None and self.level in copies.levels
 
-    def into_initial(self, tree: Tree) -> Tree:
-        """A cotangent of the first iterate as one of ``initial``, from which each copy starts."""
-        return {key: t.sum(0) for key, t in tree.items()} if self.is_stacked else tree
+    def starts(self, levels: Iterable[str]) -> tuple[str, ...]:
+        """Those of the levels whose parameters were copied in before the first step."""
+        owners = {level for level, _ in self.initial.values()}
+        return tuple(level for level in levels if level in owners)
 
-    def from_initial(self, tree: Tree) -> Tree:
-        """A tangent of ``initial`` as one of the first iterate."""
+    def into_initial(self, tree: Tree) -> Cross:
+        """A cotangent of the first iterate as one of the levels from which each copy starts."""
+        found: Cross = {}
+        for key in (key for key in tree if key in self.initial):
+            level, name = self.initial[key]
+            part = tree[key].sum(0) if self.is_stacked else tree[key]
+            found[level] = add(found.get(level, {}), {name: part})
+        return found
+
+    def from_initial(self, level: str, tree: Tree) -> Tree:
+        """A tangent of a level as one of the first iterate."""
         copies = self.steps[0].point.copies if self.is_stacked else None
+        found = {
+            key: tree[name]
+            for key, (owner, name) in self.initial.items()
+            if owner == level and name in tree
+        }
         if copies is None:
-            return tree
-        count = copies.count
-        return {key: t.expand(count, *t.shape).clone() for key, t in tree.items()}
+            return found
+        return {key: t.expand(copies.count, *t.shape).clone() for key, t in found.items()}
 
     def first(self, count: int | None = None) -> TapeStep:
         """The first of the last ``count`` steps."""

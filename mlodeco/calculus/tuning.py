@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.errors import OptimizerError
 from mlodeco.tree import Tree
+
+_PAIR: Final = "betas"
+"""The option that is two numbers."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,14 @@ class Tuning:
         """
         seen = {level: values[level] for level in self.reads}
         state = self.function.state(seen)
-        found: Mapping[str, Any] = self.function.within(
-            state, lambda: self.function.module.forward({})
-        )
+        try:
+            found: Mapping[str, Any] = self.function.within(
+                state, lambda: self.function.module.forward({})
+            )
+        except Exception as error:
+            where = f"level {self.function.level!r} ({self.function.site})"
+            error.add_note(f"raised by tune= of {where}")
+            raise
         return {name: self._checked(name, value) for name, value in found.items()}
 
     def numbers(self, values: Mapping[str, Tree]) -> dict[str, Any]:
@@ -46,20 +54,35 @@ class Tuning:
         return {name: _as_numbers(value) for name, value in self.tensors(values).items()}
 
     def _checked(self, name: str, value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return tuple(self._checked(name, part) for part in value)
+        if name != _PAIR:
+            return self._number(name, value)
+        if isinstance(value, tuple | list) and len(value) == 2:
+            return tuple(self._number(name, part) for part in value)
+        raise self._refusal(name, value)
+
+    def _number(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
             return value.reshape(())
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value
-        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise OptimizerError(
-            f"tune={{{name!r}: ...}} gave {what}.",
-            expected="a tensor with one number, or for betas a pair of them.",
+        raise self._refusal(name, value)
+
+    def _refusal(self, name: str, value: Any) -> OptimizerError:
+        return OptimizerError(
+            f"tune={{{name!r}: ...}} gave {_described(value)}.",
+            expected="a tensor with one number; for betas a pair of them.",
             remedy="compute one number for all parameters: lambda hyper: hyper.log_lr.exp().",
             level=self.function.level,
             site=self.function.site,
         )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return repr(value)
 
 
 def _as_numbers(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The derivatives of one update, in reverse and in forward mode: elementwise for optimizers.
 
-Where a gradient is exactly zero, the root in Adam and its kin has no derivative, and autograd
-gives NaN: there derivatives in gradient and state are zero, and those in the parameter one.
+Where a gradient is exactly zero, a root in an update may have no derivative, and autograd gives
+NaN: there derivatives in gradient and state are zero, and those in the parameter one.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class _Arguments:
     state: Tree
     reads: dict[str, Tree]
 
-    def entries(self, *, only_reads: bool = False) -> dict[Entry, Tensor]:
+    def entries(self) -> dict[Entry, Tensor]:
         """Their tensors by tree and name."""
-        trees = {} if only_reads else {"w": self.parameters, "g": self.gradients, "s": self.state}
+        trees = {"w": self.parameters, "g": self.gradients, "s": self.state}
         trees |= {_READ + level: tree for level, tree in self.reads.items()}
         return {(name, key): t for name, tree in trees.items() for key, t in tree.items()}
 
@@ -72,8 +72,9 @@ def pull_back(
     Raises:
         OptimizerError: the update cannot be differentiated.
     """
-
-    def differentiate(cotangent: Cotangent, *, only_reads: bool) -> dict[Entry, Tensor]:
+    with torch.enable_grad():
+        leaves = live(gradients)
+        clipped = clip_rows_differentiably(leaves, update.clip_norm, update.replicas)
         arguments = _Arguments(
             live(before.parameters),
             live(clipped),
@@ -81,16 +82,9 @@ def pull_back(
             {level: live(values[level]) for level in reads},
         )
         outputs = _outputs(update, before, arguments, values)
-        return _vjp(arguments.entries(only_reads=only_reads), outputs, cotangent)
-
-    with torch.enable_grad():
-        leaves = live(gradients)
-        clipped = clip_rows_differentiably(leaves, update.clip_norm, update.replicas)
-        found = differentiate(cotangent, only_reads=False)
-        if any(not isfinite(float(t.sum())) for e, t in found.items() if e[0].startswith(_READ)):
-            # a root at zero makes a sum over all entries NaN: those entries are left out
-            found |= differentiate(_without_idle(cotangent, gradients), only_reads=True)
-        trees = _in_trees(found, gradients, cotangent.parameters)
+        trees = _in_trees(
+            _vjp(arguments.entries(), outputs, cotangent), gradients, cotangent.parameters
+        )
         pulled = trees.get("g", {})
         if pulled and clipped is not leaves:
             pulled = gradient([clipped[key] for key in pulled], leaves, list(pulled.values()))
@@ -185,16 +179,3 @@ def _mended(value: Tensor, entry: Entry, gradients: Tree, through: Tree) -> Tens
     if name == "w" and key in through:
         return torch.where(lost, through[key], value)
     return value.masked_fill(lost, 0.0)
-
-
-def _without_idle(cotangent: Cotangent, gradients: Tree) -> Cotangent:
-    """Zeros where the gradient is exactly zero."""
-
-    def cut(name: str, tree: Tree) -> Tree:
-        found: Tree = {}
-        for key, value in tree.items():
-            g = _gradient_of((name, key), gradients, value)
-            found[key] = value if g is None else value.masked_fill(g == 0, 0.0)
-        return found
-
-    return Cotangent(cut("w", cotangent.parameters), cut("s", cotangent.state))

@@ -25,6 +25,12 @@ class SweepPlan:
     lowers: tuple[str, ...]
     visits: tuple[Visit, ...]
 
+    @property
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """The edges (upper, lower) along which cotangents run down."""
+        first = [(self.top, low) for low in self.lowers]
+        return (*first, *((visit.level, low) for visit in self.visits for low in visit.lowers))
+
 
 def plan_sweep(graph: Graph, top: str, is_open: Callable[[str, str], bool]) -> SweepPlan:
     """The sweep for ``top``: each level that lies on a path of Eq. (2), once, uppers first.

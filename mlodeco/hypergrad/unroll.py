@@ -17,7 +17,7 @@ from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate
 from mlodeco.calculus.update_derivatives import pull_back
-from mlodeco.errors import MethodError
+from mlodeco.errors import MethodError, quoted
 from mlodeco.hypergrad.options import Options, check_count, check_flag, check_product
 from mlodeco.tree import Tree, add, scale
 
@@ -41,13 +41,15 @@ class Unroll(Options):
     Attributes:
         truncate: the last steps to differentiate; those before are constants. None for all.
         checkpoint_every: of how many steps one keeps its parameters and state; those between are
-            computed again. The square root of the number of steps needs the least memory.
+            computed again. The square root of the number of steps needs the least memory. In a
+            run with hooks between its steps, which may change parameters, every step keeps them.
         keep_graph: keep the graph of each step's gradient from when the step is taken: no
             gradient is computed again, and memory grows with the number of steps.
         first_order: take the gradients of the inner steps as constants (first-order MAML), so
             that no second derivative is needed; only ``init_from`` and what the update itself
             reads then carry anything.
-        product: ``"auto"``, ``"reverse"``, or ``"difference"`` where an operation has no second
+        product: ``"auto"``, ``"reverse"``; ``"forward"`` for memory: dual numbers in place of a
+            graph of the gradient, slower; ``"difference"`` where an operation has no second
             derivative.
 
     A level between others is rolled with its lower levels held, as in Eq. (2).
@@ -98,16 +100,17 @@ class Unroll(Options):
         tape = require_tape(self, problem, self.truncate)
         after = Cotangent(cotangent)
         cross: Cross = {target: {} for target in problem.wanted}
-        starts_above = tape.initial in problem.wanted
+        starts = tape.starts(problem.wanted)
         count = 0
         for step, before in tape.backward(self.truncate):
-            is_last = step is tape.first(self.truncate) and not starts_above
+            is_last = step is tape.first(self.truncate) and not starts
             after, found = self._pull_back(problem, step, before, after, own=not is_last)
             for target, tree in found.items():
                 cross[target] = add(cross[target], tree)
             count += 1
-        if tape.initial is not None and starts_above:
-            cross[tape.initial] = add(cross[tape.initial], tape.into_initial(after.parameters))
+        initial = tape.into_initial(after.parameters) if starts else {}
+        for target in starts:
+            cross[target] = add(cross[target], initial.get(target, {}))
         # the sweep subtracts what a response carries on, as for v = H^-1 b
         carried = {target: scale(tree, -1.0) for target, tree in cross.items()}
         return Response(carried, Solution(after.parameters, count, None, Status.UNROLLED))
@@ -162,10 +165,11 @@ def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -
             remedy="use it in a run or in hypergradient().",
         )
     is_cut = truncate is not None and truncate < len(tape.steps)
-    if tape.initial in problem.wanted and is_cut:
+    starts = tape.starts(problem.wanted)
+    if starts and is_cut:
         raise MethodError(
             f"{name}(truncate={truncate}) on a loop of {len(tape.steps)} steps that starts from "
-            f"init_from={tape.initial!r}, the derivative in which is cut off.",
+            f"parameters of {quoted(starts)} by init_from=, the derivative in which is cut off.",
             expected=f"truncate of at least {len(tape.steps)}.",
             remedy="leave truncate out.",
         )

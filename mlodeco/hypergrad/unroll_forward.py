@@ -12,13 +12,13 @@ from torch import Tensor
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import Cross, first_gradient, push_gradient
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.calculus.tape import Recording, TapeStep
+from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate, Tangent
 from mlodeco.calculus.update_derivatives import push_forward
 from mlodeco.errors import MethodError
 from mlodeco.hypergrad.options import Options, check_count
 from mlodeco.hypergrad.unroll import require_tape
-from mlodeco.tree import Tree, dot, restrict
+from mlodeco.tree import Tree, dot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +71,9 @@ class UnrollForward(Options):
             OptimizerError: the optimizer's step cannot be differentiated.
         """
         tape = require_tape(self, problem, self.truncate)
-        values = {**tape.steps[-1].point.values}
-        if tape.initial is not None and tape.initial not in values:
-            own = problem.parameters
-            like = {key: t[0] for key, t in own.items()} if tape.is_stacked else own
-            values[tape.initial] = problem.point.values.get(tape.initial, like)
+        values = {**_starts(problem, tape), **problem.point.values, **tape.steps[-1].point.values}
         entries = self._entries({name: values[name] for name in problem.wanted})
-        own = problem.parameters
-        tangents = [
-            Cotangent(tape.from_initial(restrict(unit, own)) if target == tape.initial else {})
-            for target, unit in entries
-        ]
+        tangents = [Cotangent(tape.from_initial(target, unit)) for target, unit in entries]
         count = 0
         for step, before in tape.forward(self.truncate):
             tangents = _push(problem, step, before, entries, tangents)
@@ -109,6 +101,15 @@ class UnrollForward(Options):
             for key, tensor in tree.items()
             for number in range(tensor.numel())
         ]
+
+
+def _starts(problem: LowerProblem, tape: Tape) -> dict[str, Tree]:
+    """Trees like the parameters that the first iterate was copied from."""
+    found: dict[str, Tree] = {}
+    for key, (level, name) in tape.initial.items():
+        own = problem.parameters[key]
+        found.setdefault(level, {})[name] = own[0] if tape.is_stacked else own
+    return found
 
 
 def _unit(like: Tensor, number: int) -> Tensor:

@@ -17,6 +17,7 @@ from mlodeco.calculus.point import Decisions
 from mlodeco.calculus.response import Method, Status
 from mlodeco.calculus.rule import Rule, RuleOfEach
 from mlodeco.calculus.stateless import LevelModule, StatelessLoss, frozen
+from mlodeco.calculus.tape import Origins
 from mlodeco.calculus.tuning import Tuning
 from mlodeco.declare.binding import (
     Binding,
@@ -33,7 +34,13 @@ from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, 
 from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep, sees_more
 from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.initial import check_copies, check_starts, own_copies, refuse_closed_starts
+from mlodeco.runtime.initial import (
+    check_copies,
+    check_starts,
+    find_origins,
+    own_copies,
+    refuse_closed_starts,
+)
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
 from mlodeco.runtime.stacking import spread_again, stack_parameters, tie
 from mlodeco.runtime.steps import (
@@ -55,7 +62,8 @@ class BuiltLevel:
     """One level made real.
 
     ``parameters`` are those that are optimized, stacked where the level has replicas;
-    ``template`` those in its module, which are then views of the first replica. ``copied`` names
+    ``template`` those in its module, which are then views of the first replica; ``origins`` says
+    which parameters of levels above are copied into them by ``init_from``. ``copied`` names
     the replicated levels that its loss sees, itself included; ``is_looped`` says that it cannot
     be vmapped over them, ``is_settled`` that this has been found out.
     """
@@ -78,6 +86,7 @@ class BuiltLevel:
     is_probed: bool = False
     reported: set[Status] = field(default_factory=set)
     template: dict[str, nn.Parameter] = field(default_factory=dict)
+    origins: Origins = field(default_factory=dict)
     copied: frozenset[str] = frozenset()
     is_looped: bool = False
     is_settled: bool = False
@@ -147,8 +156,8 @@ class BuiltLevel:
     @property
     def step_reads(self) -> tuple[str, ...]:
         """The levels that its steps depend on otherwise than through its loss."""
-        start = (self.init_from,) if self.init_from else ()
-        return tuple(dict.fromkeys((*start, *self.tune_reads, *self.update_reads)))
+        starts = (level for level, _ in self.origins.values())
+        return tuple(dict.fromkeys((*starts, *self.tune_reads, *self.update_reads)))
 
 
 @dataclass
@@ -311,6 +320,7 @@ def build(registry: Registry) -> Build:
         own = frozenset(child for child, level in buffer_owner.items() if level == name)
         levels[name] = BuiltLevel(declaration, binding, modules[name], owned[name], loss, own)
         levels[name].template = owned[name]
+        levels[name].origins = find_origins(declaration, modules, owned[name], owners, ordered)
         levels[name].copied = replicated.intersection((*loss.sees, name))
         levels[name].tuning = make_tuning(declaration, binding, modules, owners)
         levels[name].update = updates.get(name)
@@ -323,7 +333,8 @@ def build(registry: Registry) -> Build:
     graph = Graph(lower, reads)
     check_counts(declarations, {name: level.copied for name, level in levels.items()})
     methods = _edge_methods(declarations, custom, graph)
-    refuse_closed_starts(declarations, graph, methods, updates)
+    origins = {name: level.origins for name, level in levels.items()}
+    refuse_closed_starts(declarations, graph, methods, updates, origins)
     result = Build(registry.version, levels, graph, methods, custom, sources)
     result.fingerprint = _fingerprint(modules)
     if current is not None:

@@ -151,7 +151,7 @@ def compare(
         for edge, method in methods.items()
     }
     plan = built.plan(level, dict(reference))
-    if not _edges_of(plan):
+    if not plan.edges:
         sees_more = built.needs_nesting(level, dict(reference))
         if not (nested and sees_more):
             raise RunError(
@@ -163,6 +163,7 @@ def compare(
                 level=level,
                 site=built.levels[level].site,
             )
+    _require_reference(built, plan)
     involved = dict.fromkeys(levels_involved(built, level, dict(reference), nested=False))
     if nested:
         involved.update(dict.fromkeys(levels_involved(built, level, dict(reference), nested=True)))
@@ -187,13 +188,28 @@ def _check_damping(damping: object) -> None:
         )
 
 
+def _require_reference(built: Build, plan: SweepPlan) -> None:
+    """Refuses levels on which the level acts through their steps, which no solve sees.
+
+    Raises:
+        RunError: there is one.
+    """
+    for visit in plan.visits:
+        low = built.levels[visit.level]
+        if visit.feeds_top and plan.top not in low.loss.sees:
+            raise RunError(
+                f"level {plan.top!r} acts on {low.name!r} through its steps alone "
+                "(init_from=, tune= or an @update rule): a converged solve, which is the "
+                "reference of a check, does not see it.",
+                expected=f"a loss of {low.name!r} that reads {plan.top!r}.",
+                remedy="hypergrad='unroll' without truncate is exact here, and needs no check.",
+                level=plan.top,
+                site=built.levels[plan.top].site,
+            )
+
+
 def _damping_of(method: Method | None) -> float:
     return method.damping if isinstance(method, Implicit) else 0.0
-
-
-def _edges_of(plan: SweepPlan) -> list[tuple[str, str]]:
-    first = [(plan.top, low) for low in plan.lowers]
-    return first + [(visit.level, low) for visit in plan.visits for low in visit.lowers]
 
 
 class _Checker:
@@ -220,7 +236,7 @@ class _Checker:
     def findings(self, *, nested: bool) -> Findings:
         """Every edge by itself, all together, and what to turn."""
         gap = self._gap_to_nested() if nested else None
-        edges = [self._check(edge, self._methods[edge]) for edge in _edges_of(self._plan)]
+        edges = [self._check(edge, self._methods[edge]) for edge in self._plan.edges]
         actual = self._sweep(self._methods)
         indirect = self._agreement(actual)
         advice = self._advise(edges, indirect)

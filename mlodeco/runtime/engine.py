@@ -18,7 +18,8 @@ from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomn
 from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.calculus.tape import Tape
-from mlodeco.errors import BindingError, GraphError, GraphWarning, LossError, quoted
+from mlodeco.errors import BindingError, GraphError, GraphWarning, LossError, MethodError, quoted
+from mlodeco.graph import NestPlan
 from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
@@ -73,9 +74,11 @@ def compute_hypergradient(
             micro-batches of its steps. The levels are then seen at the ends.
     """
     chosen = built.methods if methods is None else methods
-    involved = levels_involved(built, top, methods, nested=nested)
+    visited = levels_involved(built, top, methods, nested=nested)
+    involved = tuple(dict.fromkeys((*visited, *(loops or ()))))
     if nested:
         _refuse_copies(built, involved)
+        _refuse_steps_in(built, built.nest(top, methods))
     with randomness_set_aside(), torch.enable_grad():
         values = built.values({name for lv in involved for name in built.levels[lv].seen})
         contexts = {name: make_context(name) for name in involved}
@@ -119,6 +122,27 @@ def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
                 level=name,
                 site=level.site,
             )
+
+
+def _refuse_steps_in(built: Build, plan: NestPlan) -> None:
+    """Refuses levels on which another acts through their steps: a nest solves, and takes none.
+
+    Raises:
+        MethodError: there is one.
+    """
+    for name in plan.levels:
+        level = built.levels[name]
+        for read in level.step_reads:
+            if read in plan.inputs[name] and read not in level.loss.sees:
+                raise MethodError(
+                    f"nested=True differentiates what the loss of this level is stationary in, "
+                    f"and {read!r} acts on it through its steps alone (init_from=, tune= or an "
+                    "@update rule).",
+                    expected=f"a loss that reads {read!r}.",
+                    remedy=f"leave nested out and set hypergrad='unroll' at {plan.top!r}.",
+                    level=name,
+                    site=level.site,
+                )
 
 
 def _moved(point: Point, tapes: Mapping[str, Tape], buffers: Buffers) -> Point:
@@ -232,6 +256,18 @@ def warn_of_nested_paths(built: Build, top: str, methods: Methods | None = None)
         )
 
 
+def seed_of(built: Build, name: str, draw: tuple[int, str, int, str]) -> int:
+    """The seed of a level's passes in one hypergradient.
+
+    Args:
+        built: the program.
+        name: the level whose loss is passed through.
+        draw: the process, the level whose hypergradient it is, its steps, and what else makes
+            the random numbers others.
+    """
+    return make_seed(built.run_seed, built.tick, name, *draw)
+
+
 def make_point(
     built: Build,
     name: str,
@@ -258,7 +294,7 @@ def make_point(
             values={seen: values[seen] for seen in level.seen},
             batches=items_of(level, batches, ctx, copies),
             part_of_batches=partial(_part_of_batches, level, batches, ctx, copies),
-            seed=make_seed(built.run_seed, built.tick, name, *draw),
+            seed=seed_of(built, name, draw),
             generators=(ctx.generator,),
             decisions=level.decisions,
             next_update=partial(next_update, level),

@@ -72,6 +72,16 @@ class Hooks:
         """Whether some hook takes ``grads``."""
         return any("grads" in hook.arguments for hooks in self._by_event.values() for hook in hooks)
 
+    def come_between(self, level: str) -> bool:
+        """Whether some hook of a level, or of all, is called between its steps."""
+        elsewhere = ("run_start", "hypergradient", "after_backward", "run_end")
+        return any(
+            hook.declaration.level in (None, level)
+            for event, hooks in self._by_event.items()
+            for hook in hooks
+            if event not in elsewhere
+        )
+
     def fire(self, event: str, level: str | None = None, **offered: Any) -> None:
         """Calls the hooks of an event, in the order of their declaration."""
         for hook in self._by_event.get(event, ()):

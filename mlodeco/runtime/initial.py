@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mlodeco.calculus.tape import Origins
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.errors import GraphError, MethodError, ModuleError, did_you_mean, quoted
 from mlodeco.graph import Graph, plan_sweep
@@ -48,7 +49,8 @@ def check_copies(
     """Refuses modules that the module of the start cannot be copied into.
 
     Raises:
-        ModuleError: a parameter or buffer is not there, or of another kind; or it is one module.
+        ModuleError: a parameter or buffer is not there, or of another kind; two there are one
+            here; or it is one module.
     """
     for name, declaration, start in _starting(declarations):
         own, other = modules[name], modules[start]
@@ -61,6 +63,7 @@ def check_copies(
                 "give each its own, such as module=Net to both.",
             )
         _check_copy(declaration, "parameter", _parameters(own), _parameters(other))
+        _check_ties(declaration, _parameters(own), _parameters(other))
         _check_copy(declaration, "buffer", _buffers(own), _buffers(other))
 
 
@@ -89,11 +92,31 @@ def own_copies(
     return found
 
 
+def find_origins(
+    declaration: LevelDeclaration,
+    modules: Mapping[str, nn.Module],
+    owned: Mapping[str, Tensor],
+    owners: Mapping[int, tuple[str, str]],
+    graph: Graph,
+) -> Origins:
+    """For each parameter that is copied in, the level above that owns the original."""
+    if declaration.init_from is None:
+        return {}
+    originals = _parameters(modules[declaration.init_from])
+    found = {key: owners.get(id(originals[key])) for key in owned}
+    return {
+        key: owner
+        for key, owner in found.items()
+        if owner is not None and declaration.name in graph.below(owner[0])
+    }
+
+
 def refuse_closed_starts(
     declarations: Mapping[str, LevelDeclaration],
     graph: Graph,
     methods: Mapping[tuple[str, str], Any],
     with_rules: Iterable[str],
+    origins: Mapping[str, Origins],
 ) -> None:
     """Refuses starts that cannot learn from the loops that start from them.
 
@@ -102,7 +125,8 @@ def refuse_closed_starts(
     Raises:
         MethodError: ``hypergrad=None`` closes the only way.
     """
-    for name, _, start in _starting(declarations):
+    starts = {(name, owner) for name, found in origins.items() for owner, _ in found.values()}
+    for name, start in sorted(starts):
         if start in with_rules:
             continue
         closed = [low for low in graph.best_responses(start) if methods[start, low] is None]
@@ -154,6 +178,23 @@ def _check_copy(
                 f"its {what} {key!r} is {_kind(tensor)}, and that of {start!r}, which init_from= "
                 f"names, {_kind(theirs)}.",
                 "the same shape and dtype.",
+                "build both modules alike.",
+            )
+
+
+def _check_ties(
+    declaration: LevelDeclaration, own: Mapping[str, Tensor], other: Mapping[str, Tensor]
+) -> None:
+    """Refuses one parameter that two would be copied into."""
+    first: dict[int, str] = {}
+    for key, parameter in own.items():
+        known = first.setdefault(id(parameter), key)
+        if other[known] is not other[key]:
+            raise _error(
+                declaration,
+                f"its parameters {quoted((known, key))} are one, and those of "
+                f"{declaration.init_from!r}, which init_from= names, are two.",
+                "one parameter there too: the copy of one would overwrite that of the other.",
                 "build both modules alike.",
             )
 

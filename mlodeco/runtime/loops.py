@@ -60,9 +60,7 @@ def unrolled_edges(built: Build, methods: Methods, top: str | None = None) -> li
 def _edges(built: Build, methods: Methods, top: str | None) -> list[tuple[str, str]]:
     if top is None:
         return list(methods)
-    plan = built.plan(top, methods)
-    first = [(top, low) for low in plan.lowers]
-    return first + [(visit.level, low) for visit in plan.visits for low in visit.lowers]
+    return list(built.plan(top, methods).edges)
 
 
 def start_of(built: Build, name: str, buffers: Buffers) -> Start:
@@ -78,7 +76,7 @@ def start_of(built: Build, name: str, buffers: Buffers) -> Start:
     if level.replicas is not None:
         parameters = spread(parameters, level.replicas)
     present |= _buffers_from(level, initial)
-    return Start(Iterate(parameters, _fresh_state(level)), present, level.init_from)
+    return Start(Iterate(parameters, _fresh_state(level)), present, level.origins)
 
 
 def _buffers_from(level: BuiltLevel, initial: BuiltLevel) -> dict[Place, Tensor]:
@@ -114,19 +112,19 @@ def updates_of(built: Build, name: str, count: int) -> list[Update]:
         return [rule] * count
     optimizer = _optimizer(level)
     warn_if_flat(level, optimizer)
-    scheduler = level.scheduler if level.optimizer else make_scheduler(level, optimizer)
-    if scheduler is None:
+    if level.declaration.scheduler is None:
         return [read_step(level, optimizer)] * count
-    ahead, stepping = _ahead(optimizer, scheduler)
+    ahead, stepping = _ahead(level, optimizer)
     found: list[Update] = []
     for _ in range(count):
         found.append(read_step(level, ahead))
-        stepping.step()
+        if stepping is not None:
+            stepping.step()
     return found
 
 
-def _ahead(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Optimizer, LRScheduler]:
-    """Both with options of their own, and the same parameters and state."""
+def _ahead(level: BuiltLevel, optimizer: Optimizer) -> tuple[Optimizer, LRScheduler | None]:
+    """A copy of the optimizer with options of its own, and its scheduler: the run's, else new."""
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     tensors += [
         value
@@ -134,7 +132,9 @@ def _ahead(optimizer: Optimizer, scheduler: LRScheduler) -> tuple[Optimizer, LRS
         for value in state.values()
         if isinstance(value, Tensor)
     ]
-    ahead, stepping = copy.deepcopy((optimizer, scheduler), {id(t): t for t in tensors})
+    present = level.scheduler if level.optimizer else None
+    ahead, stepping = copy.deepcopy((optimizer, present), {id(t): t for t in tensors})
+    stepping = stepping or make_scheduler(level, ahead)
     # what the scheduler would else warn of: that nobody calls the copy's step
     vars(ahead).update(step=_never_called, _opt_called=True)
     return ahead, stepping
@@ -193,7 +193,8 @@ def take_loops(
         updates = updates_of(built, name, len(loop))
         recording = wanted.get(name, Recording(every=None))
         start = start_of(built, name, buffers)
-        tapes[name], changed = roll(name, start, zip(steps, updates, strict=True), recording)
+        moves = list(zip(steps, updates, strict=True))
+        tapes[name], changed = roll(name, start, moves, recording)
         buffers.update(changed)
         end = tapes[name].end
         if end is not None:

@@ -18,6 +18,10 @@ from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.notes import noted
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
+_TUNABLE_OF_SGD = ("lr", "momentum", "weight_decay")
+_TUNABLE_OF_ADAM = ("lr", "betas", "eps", "weight_decay")
+"""The options that these take as tensors and differentiate; others they use as numbers."""
+
 
 def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
     """The level's optimizer; an instance is used as it is, a factory makes a new one.
@@ -202,14 +206,22 @@ def _check_tunable(level: BuiltLevel, optimizer: Optimizer) -> None:
             f"tune= on {type(optimizer).__name__}, whose options cannot be tensors.",
             "use SGD, Adam or AdamW, or an @update rule.",
         )
-    known = [name for name in optimizer.param_groups[0] if name != "params"]
+    known = _TUNABLE_OF_SGD if isinstance(optimizer, SGD) else _TUNABLE_OF_ADAM
     for option in level.declaration.tune:
         if option not in known:
             raise _error(
                 level,
-                f"tune= names {option!r}, no option of {type(optimizer).__name__}.",
-                f"name one of {quoted(known)}.{did_you_mean(option, known)}",
+                f"tune= names {option!r}, no option that {type(optimizer).__name__} takes as a "
+                "tensor.",
+                f"name one of {quoted(known)}, or write an @update rule."
+                f"{did_you_mean(option, known)}",
             )
+    if "momentum" in level.declaration.tune and optimizer.defaults.get("nesterov"):
+        raise _error(
+            level,
+            "tune= names 'momentum' of SGD(nesterov=True), which torch does not differentiate.",
+            "leave nesterov out, or write an @update rule.",
+        )
 
 
 def _error(level: BuiltLevel, found: str, remedy: str) -> OptimizerError:

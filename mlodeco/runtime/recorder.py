@@ -11,6 +11,7 @@ from torch import Tensor
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.products import Reverse
 from mlodeco.calculus.randomness import RecordedStreams
+from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.slots import Place
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.runtime.build import Build
@@ -22,22 +23,23 @@ from mlodeco.runtime.trainer import Trainer
 from mlodeco.tree import Tree
 
 
-class Copies:
-    """Copies of levels' parameters, made anew only where somebody has written to them."""
+class Values:
+    """Copies of levels' parameters, made anew only where they have changed."""
 
     def __init__(self, built: Build) -> None:
         self._built = built
-        self._known: dict[str, tuple[tuple[tuple[int, int], ...], Tree]] = {}
+        self._known: dict[str, Tree] = {}
 
     def of(self, level: str) -> Tree:
-        """The parameters of a level as they are now, in tensors that nobody changes."""
+        """The parameters of a level as they are now, in tensors that nobody changes.
+
+        Compared by their entries: writes through ``.data`` leave no other trace.
+        """
         parameters = self._built.levels[level].parameters
-        versions = tuple((id(p), p._version) for p in parameters.values())
         known = self._known.get(level)
-        if known is None or known[0] != versions:
-            known = versions, {key: p.detach().clone() for key, p in parameters.items()}
-            self._known[level] = known
-        return known[1]
+        if known is None or not all(torch.equal(known[key], p) for key, p in parameters.items()):
+            known = self._known[level] = {key: p.detach().clone() for key, p in parameters.items()}
+        return known
 
 
 class Recorder:
@@ -51,54 +53,75 @@ class Recorder:
         built: the program.
         trainer: the level's.
         recording: what the tape must hold.
-        copies: of the parameters that its steps see.
+        values: of the levels that its steps see.
+        is_watched: whether hooks may change parameters between steps, so that no iterate
+            follows from the one before.
     """
 
     def __init__(
-        self, built: Build, trainer: Trainer, recording: Recording, copies: Copies
+        self,
+        built: Build,
+        trainer: Trainer,
+        recording: Recording,
+        values: Values,
+        *,
+        is_watched: bool,
     ) -> None:
         self._built = built
         self._trainer = trainer
         self._level = trainer.level
-        self.recording = recording
-        self._copies = copies
+        # a loop that starts above is kept whole: where it is cut off, the method must see it
+        steps = None if self._level.init_from else recording.steps
+        every = 1 if is_watched else recording.every
+        self.recording = replace(recording, steps=steps, every=every)
+        self._values = values
         self._steps: list[TapeStep] = []
         self._count = 0
         self._marks = dict.fromkeys(built.graph.uppers(self._level.name), 0)
         self._ended: set[str] = set()
-        self._copied_at: int | None = None
+        self._started_at: int | None = None
         self._pending: TapeStep | None = None
 
     def begin_loop(self) -> None:
         """Notes that the parameters of ``init_from`` have been copied in."""
         if self._level.init_from is not None:
-            self._copied_at = self._count
+            self.restart()
+
+    def restart(self) -> None:
+        """Notes that the level has gone back, so that the steps before do not lead to it."""
+        self._started_at = self._count
 
     def begin_step(
-        self, batches: tuple[Drawn, ...], muted: Context, generator: torch.Generator
+        self,
+        batches: tuple[Drawn, ...],
+        muted: Context,
+        generator: torch.Generator,
+        seed: int | None,
     ) -> None:
-        """Notes everything that the next step depends on.
+        """Notes everything that the gradient of the next step depends on.
 
         Args:
             batches: its micro-batches.
             muted: what its function is given when the step is looked at again.
             generator: the one that its function is given now.
+            seed: of its random numbers; None where they are those of the global streams.
         """
         for upper in self._ended:
             self._marks[upper] = self._count
         self._ended.clear()
         self._forget()
         level = self._level
-        others = {seen: self._copies.of(seen) for seen in level.seen if seen != level.name}
+        others = {seen: self._values.of(seen) for seen in level.seen if seen != level.name}
         copies = copies_of(self._built, level)
-        streams = None if copies else RecordedStreams(((muted.generator, generator),))
+        streams = RecordedStreams(((muted.generator, generator),)) if seed is None else None
         point = Point(
             loss=level.loss,
             values=others,
             batches=items_of(level, batches, muted, copies),
-            seed=self._trainer.step_seed,
+            seed=seed or 0,
             generators=(muted.generator,),
             decisions=level.decisions,
+            next_update=lambda: (self._trainer.read_update(), {}),
             streams=streams,
             buffers=self._buffers(),
             copies=copies,
@@ -127,10 +150,17 @@ class Recorder:
         self._pending = replace(pending, graph=graph)
         return graph
 
-    def use_gradient(self, gradient: Tree) -> None:
-        """Notes the gradient itself, where it is not that of the loss alone."""
-        copied = {key: value.detach().clone() for key, value in gradient.items()}
-        self._pending = replace(self._step, gradient=copied)
+    def begin_update(self, gradient: Tree | None) -> None:
+        """Notes everything that the update depends on.
+
+        Args:
+            gradient: the one that it starts from, where it is not that of the loss alone.
+        """
+        update = self._trainer.read_update()
+        if isinstance(update, Rule):
+            update = replace(update, streams=RecordedStreams())
+        copied = gradient and {key: value.detach().clone() for key, value in gradient.items()}
+        self._pending = replace(self._step, update=update, gradient=copied)
 
     def finish_step(self) -> None:
         """Puts the step on the tape."""
@@ -147,10 +177,10 @@ class Recorder:
         """The present loop of these levels, the longest of them."""
         marks = [self._marks[upper] for upper in uppers if upper in self._marks]
         begin = min(marks or self._marks.values())
-        is_whole = self._copied_at is not None and self._copied_at >= begin
+        is_whole = self._started_at is not None and self._started_at >= begin
         first = self._count - len(self._steps)
-        start = max(begin, first, self._copied_at or 0)
-        initial = self._level.init_from if is_whole and start == self._copied_at else None
+        start = max(begin, first, self._started_at or 0)
+        initial = self._level.origins if is_whole and start == self._started_at else {}
         return Tape(self._level.name, tuple(self._steps[start - first :]), initial)
 
     @property
@@ -167,7 +197,7 @@ class Recorder:
     @property
     def _keeps_iterate(self) -> bool:
         """Whether the next step is one that keeps its iterate."""
-        if not self._steps or self._count in (*self._marks.values(), self._copied_at):
+        if not self._steps or self._count in (*self._marks.values(), self._started_at):
             return True
         every = self.recording.every
         since = next(

@@ -27,6 +27,7 @@ from mlodeco.runtime.engine import (
     compute_hypergradient,
     muted_context,
     probe_level,
+    seed_of,
     step_point,
     warn_of_nested_paths,
 )
@@ -42,7 +43,7 @@ from mlodeco.runtime.history import (
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.loops import items_of, recordings, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
-from mlodeco.runtime.recorder import Copies, Recorder
+from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sources import Sources
@@ -150,12 +151,12 @@ class Runner:
         validations = [Validation(d, self.built, place) for d in registry.validations]
         levels = self.built.levels
         self._trainers = {n: Trainer(self.built, level, place) for n, level in levels.items()}
-        self._recorders = self._make_recorders()
         for trainer in self._trainers.values():
             trainer.level.reported.clear()
         self._sources = Sources(self.built, place)
         self.history = History(self.built.levels, is_validated=bool(validations))
         self._hooks = hooks
+        self._recorders = self._make_recorders()
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
         self._generators = {name: torch.Generator(device=device) for name in self._trainers}
@@ -166,14 +167,27 @@ class Runner:
 
     def _make_recorders(self) -> dict[str, Recorder]:
         """What records the steps of the levels that some method differentiates through."""
-        copies = Copies(self.built)
+        values = Values(self.built)
         found: dict[str, Recorder] = {}
         for name, recording in recordings(self.built, self.built.methods).items():
             level = self.built.levels[name]
             warn_if_flat(level, self._trainers[name].optimizer)
             level.recent = deque(level.recent, maxlen=level.declaration.inner_steps)
-            found[name] = Recorder(self.built, self._trainers[name], recording, copies)
+            found[name] = Recorder(
+                self.built,
+                self._trainers[name],
+                recording,
+                values,
+                is_watched=self._hooks.come_between(name),
+            )
         return found
+
+    def _seed_of_step(self, name: str) -> int | None:
+        """Of a step's random numbers; None where they are those of the global streams."""
+        if self.built.graph.lower[name]:
+            rank = self._accelerator.process_index
+            return seed_of(self.built, name, (rank, name, self._schedule.steps[name], ""))
+        return self._trainers[name].step_seed if self.built.levels[name].copied else None
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -287,17 +301,17 @@ class Runner:
             if trainer.level.copied:
                 self._probe(name, batches)
             if recorder is not None:
-                recorder.begin_step(batches, self._muted(name), ctx.generator)
+                seed = self._seed_of_step(name)
+                recorder.begin_step(batches, self._muted(name), ctx.generator, seed)
             found = self._differentiate(name, batches, ctx, recorder)
             extras = self._extras(trainer, found, batches, ctx)
             self._fire("after_backward", name, ctx, **extras)
-            if recorder is not None and (
-                self._hooks.listens_to_gradients or self.built.graph.lower[name]
-            ):
-                recorder.use_gradient(trainer.gradients())
-            norm = trainer.clip()
-        rate, metrics = trainer.learning_rate, _numbers(found.metrics)
-        trainer.apply()
+            if recorder is not None:
+                is_other = self.built.graph.lower[name] or self._hooks.wants("after_backward")
+                recorder.begin_update(trainer.gradients() if is_other else None)
+            norm, rate = trainer.clip(), trainer.learning_rate
+            metrics = _numbers(found.metrics)  # which may be made of the parameters
+            trainer.apply()
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -434,6 +448,8 @@ class Runner:
                     self._generators[name],
                     lambda name=name: self._repeat_step(name),  # type: ignore[misc]
                 )
+                if name in self._recorders:
+                    self._recorders[name].restart()
 
     def _repeat_step(self, name: str) -> None:
         trainer = self._trainers[name]
@@ -449,7 +465,7 @@ class Runner:
             self._fire("after_backward", name, ctx, **extras)
             trainer.tune()
             trainer.clip()
-        trainer.apply()
+            trainer.apply()
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:

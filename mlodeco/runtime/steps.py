@@ -112,19 +112,25 @@ def check_counts(
         GraphError: there is one.
     """
     for name, levels in copied.items():
-        counts = {
-            other: spec.count
-            for other in levels
-            if (spec := declarations[other].replicas) is not None
-        }
-        if len(set(counts.values())) > 1:
-            raise GraphError(
-                f"the level sees different numbers of replicas: {counts}.",
-                expected="one number: it is evaluated once for each replica.",
-                remedy="give these levels the same replicas=.",
-                level=name,
-                site=str(declarations[name].site),
-            )
+        site = str(declarations[name].site)
+        _refuse_unequal(_counts(declarations, levels), "the level", name, site)
+
+
+def _counts(declarations: Mapping[str, LevelDeclaration], levels: Iterable[str]) -> dict[str, int]:
+    """How many replicas those of the levels have that have some."""
+    specs = {name: declarations[name].replicas for name in levels}
+    return {name: spec.count for name, spec in specs.items() if spec is not None}
+
+
+def _refuse_unequal(counts: Mapping[str, int], what: str, level: str, site: str) -> None:
+    if len(set(counts.values())) > 1:
+        raise GraphError(
+            f"{what} sees different numbers of replicas: {dict(counts)}.",
+            expected="one number: it is evaluated once for each replica.",
+            remedy="give these levels the same replicas=.",
+            level=level,
+            site=site,
+        )
 
 
 Owners = Mapping[int, tuple[str, str]]
@@ -149,7 +155,8 @@ def make_tuning(
             for option, function in declaration.tune.items()
         }
 
-    return Tuning(_stateless(declaration, compute, reads, (), modules, owners))
+    function = _module(compute, reads, (), modules)
+    return Tuning(StatelessLoss(declaration.name, str(declaration.site), function, owners))
 
 
 def make_rule(
@@ -159,33 +166,31 @@ def make_rule(
     owners: Owners,
     declarations: Mapping[str, LevelDeclaration],
 ) -> Rule | RuleOfEach | None:
-    """The level's own update rule."""
+    """The level's own update rule.
+
+    Raises:
+        GraphError: it reads levels with different numbers of replicas.
+    """
     if update is None:
         return None
-    function = update.declaration.function
-    stateless = _stateless(declaration, function, update.reads, update.takes, modules, owners)
+    function = _module(update.declaration.function, update.reads, update.takes, modules)
+    site = str(update.declaration.site)
+    stateless = StatelessLoss(declaration.name, site, function, owners)
     rule = Rule(stateless, update.takes, declaration.clip_norm)
-    counts = {
-        name: spec.count
-        for name in (declaration.name, *rule.reads)
-        if (spec := declarations[name].replicas) is not None
-    }
+    counts = _counts(declarations, (declaration.name, *rule.reads))
+    _refuse_unequal(counts, "the update rule", declaration.name, site)
     if not counts:
         return rule
     return RuleOfEach(rule, next(iter(counts.values())), frozenset(counts))
 
 
-def _stateless(
-    declaration: LevelDeclaration,
+def _module(
     function: Callable[..., Any],
     reads: Iterable[str],
     items: tuple[str, ...],
     modules: Mapping[str, nn.Module],
-    owners: Owners,
-) -> StatelessLoss:
-    """A function of levels' modules and of items, as one of their parameters."""
+) -> LevelModule:
+    """A function of levels' modules and of items, as one of the items alone."""
     read = {name: modules[name] for name in reads}
-    module = LevelModule(
-        function, read, (*items, *read), {name: name for name in read}, frozenset()
-    )
-    return StatelessLoss(declaration.name, str(declaration.site), module, owners)
+    names = {name: name for name in read}
+    return LevelModule(function, read, (*items, *read), names, frozenset())

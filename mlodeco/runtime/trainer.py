@@ -54,7 +54,7 @@ class Trainer:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
         self.scheduler = make_scheduler(level, self.optimizer) if self.optimizer else None
-        self.rule_state: Mapping[str, Any] = {}
+        self._rule_state: Mapping[str, Any] = {}
         self._built = built
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
@@ -64,6 +64,16 @@ class Trainer:
         self._before_last_step = SavedRandomness()
         self._generator_before = torch.Generator().get_state()
         self.step_seed = 0
+
+    @property
+    def rule_state(self) -> Mapping[str, Any]:
+        """What the level's update rule carries on."""
+        return self._rule_state
+
+    @rule_state.setter
+    def rule_state(self, state: Mapping[str, Any]) -> None:
+        # for hypergradients too, which know the level alone
+        self._rule_state = self.level.rule_state = state
 
     @property
     def epoch(self) -> int:
@@ -254,7 +264,8 @@ class Trainer:
 
     def _apply_rule(self, rule: Rule | RuleOfEach) -> None:
         before = Iterate(frozen(self.level.parameters), self.rule_state)
-        after = rule.advance(before, self.gradients(), self._built.values(rule.reads))
+        # the gradients are clipped already
+        after = rule.unclipped.advance(before, self.gradients(), self._built.values(rule.reads))
         with torch.no_grad():
             for key, parameter in self.level.parameters.items():
                 parameter.copy_(after.parameters[key])

@@ -21,7 +21,7 @@ from mlodeco.tree import Tree
 PRODUCTS: Final = ("auto", "reverse", "reverse_over_forward", "forward", "difference")
 """The modes of a product."""
 
-LINEARIZATIONS: Final = ("auto", "reverse", "difference")
+LINEARIZATIONS: Final = ("auto", "reverse", "forward", "difference")
 """Those that give the gradient and both products in one pass."""
 
 
@@ -117,6 +117,7 @@ def open_linearization(problem: LowerProblem, product: str) -> Linearization:
     """The gradient of ``problem`` and its products, in a mode of :data:`LINEARIZATIONS`."""
     modes: dict[str, Callable[[LowerProblem], Linearization]] = {
         "reverse": Reverse,
+        "forward": Forward,
         "difference": Difference,
     }
     if product not in modes:

@@ -46,6 +46,16 @@ class Forward:
         found = self._tangents(v, (level,))[level]
         return fill(found, v)
 
+    def gradient(self) -> Tree:
+        """One gradient in w."""
+        return first_gradient(self._problem)
+
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
+        """One pass, with the gradients in w and in lambda."""
+        level, targets = self._problem.level, self._problem.targets
+        found = self._tangents(v, (*targets, level) if own else targets)
+        return found.pop(level, {}), found
+
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         """One pass, with the gradient in lambda."""
         return live_if_needed(
