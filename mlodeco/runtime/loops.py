@@ -60,7 +60,8 @@ def unrolled_edges(built: Build, methods: Methods, top: str | None = None) -> li
 def _edges(built: Build, methods: Methods, top: str | None) -> list[tuple[str, str]]:
     if top is None:
         return list(methods)
-    return list(built.plan(top, methods).edges)
+    # the program's own plan is kept, and this is asked for at every turn
+    return list(built.plan(top, None if methods is built.methods else methods).edges)
 
 
 def start_of(built: Build, name: str, buffers: Buffers) -> Start:
