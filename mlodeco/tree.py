@@ -96,7 +96,9 @@ def norm(tree: Mapping[str, Tensor]) -> float:
 def _scaled_norm(values: list[Tensor]) -> float:
     """In units of the largest entry, the square of which neither overflows nor vanishes."""
     values = [value.detach() for value in values if value.numel()]
-    largest = max((float(value.abs().max()) for value in values), default=0.0)
+    sizes = [float(value.abs().max()) for value in values]
+    # max passes a NaN over that is not the first
+    largest = math.nan if any(map(math.isnan, sizes)) else max(sizes, default=0.0)
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     return largest * _norm([value.to(_wide(value)) / largest for value in values], None)

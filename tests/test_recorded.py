@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LinearLR
 import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.calculus.roll import Start, roll
-from mlodeco.errors import MethodError
+from mlodeco.errors import GraphWarning, MethodError, OptimizerError
 from mlodeco.hypergrad import Unroll, UnrollForward
 from tests.problems import randn
 
@@ -235,3 +235,113 @@ def test_a_loop_taken_for_a_hypergradient_keeps_no_more_than_is_asked_for(
     (tape,) = tapes
     assert sum(step.before is not None for step in tape.steps) == iterates
     assert sum(step.graph is not None for step in tape.steps) == graphs
+
+
+@pytest.mark.parametrize("method", [Unroll(), UnrollForward()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tiny", [0.0, 1e-23, 1e-30, 1e-170])
+def test_gradients_whose_squares_vanish_are_like_zeros(tiny, dtype, method):
+    def found(slope):
+        program = Program()
+        slopes = torch.tensor([1.0, slope], dtype=dtype)
+
+        @program.level(
+            "low",
+            module={"w": torch.zeros(2, dtype=dtype)},
+            optimizer=partial(torch.optim.Adam, lr=0.01),
+            inner_steps=2,
+        )
+        def low(low, top):
+            return (low.w * slopes * top.a.exp()).sum() + 0.5 * low.w[0] ** 2
+
+        @program.level(
+            "top", lower=["low"], hypergrad=method, module={"a": torch.zeros(1).to(dtype)}
+        )
+        def top(top, low):
+            return (low.w - 1).square().sum()
+
+        return mlodeco.hypergradient("top", program=program)["a"]
+
+    if tiny < torch.finfo(dtype).tiny ** 0.5:
+        assert torch.allclose(found(tiny), found(0.0), rtol=1e-3)
+    assert torch.isfinite(found(tiny)).all()
+
+
+def test_a_norm_sees_every_nan():
+    tree = {"a": torch.zeros(2), "b": torch.tensor([0.0, torch.nan]), "c": torch.zeros(1)}
+    assert mlodeco.tree.norm(tree) != mlodeco.tree.norm(tree)
+    assert mlodeco.tree.norm({**tree, "a": torch.full((1,), 1e-30)}) != 0.0
+
+
+def test_a_rule_without_a_graph_is_refused():
+    program = Program()
+
+    @program.level("low", module={"w": START})
+    def low(low):
+        return (low.w**2).sum()
+
+    @program.update("low")
+    @torch.no_grad()
+    def rule(params, grads, state, top):
+        return {"w": params["w"] - top.a * grads["w"]}, {}
+
+    @program.level("top", lower=["low"], hypergrad="unroll", module={"a": START}, optimizer=FROZEN)
+    def top(top, low):
+        return (low.w**2).sum()
+
+    with pytest.raises(OptimizerError, match="without a graph"):
+        mlodeco.hypergradient("top", program=program)
+
+
+@pytest.mark.parametrize("value", [-3.0, float("nan"), float("inf")])
+def test_tuned_options_must_be_numbers_that_an_optimizer_takes(value):
+    program = Program()
+
+    @program.level(
+        "low", module={"w": START}, optimizer=partial(SGD, lr=0.1), tune={"lr": lambda top: top.lr}
+    )
+    def low(low):
+        return (low.w**2).sum()
+
+    @program.level(
+        "top",
+        lower=["low"],
+        hypergrad="unroll",
+        module={"lr": torch.tensor(value)},
+        optimizer=FROZEN,
+    )
+    def top(top, low):
+        return (low.w**2).sum()
+
+    with pytest.raises(OptimizerError, match=r"tune=\{'lr': ...\} gave"):
+        mlodeco.run(1, program=program, progress="off")
+
+
+def test_optimizers_without_a_derivative_are_refused_before_the_first_step():
+    program = quartic(Unroll(), partial(torch.optim.SparseAdam, lr=0.1))
+    with pytest.raises(OptimizerError, match="SparseAdam"):
+        Runner(program)
+    with pytest.raises(OptimizerError, match="SparseAdam"):
+        mlodeco.hypergradient("top", program=program)
+
+
+def test_a_task_that_changes_before_it_is_judged_is_warned_of():
+    program = Program()
+
+    @program.source("task")
+    def task():
+        while True:
+            yield torch.randn(3, dtype=torch.float64)
+
+    @program.level(
+        "low", module={"w": START}, init_from="top", optimizer=partial(SGD, lr=0.1), inner_steps=2
+    )
+    def low(low, task):
+        return ((low.w - task) ** 2).sum()
+
+    @program.level("top", lower=["low"], hypergrad="unroll", module={"w": START}, optimizer=FROZEN)
+    def top(top, low, task):
+        return ((low.w - task) ** 2).sum()
+
+    with pytest.warns(GraphWarning, match='refresh="loop"'):
+        program.graph()

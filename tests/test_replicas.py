@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import mlodeco
-from mlodeco import Program, Replicas
+from mlodeco import Program, Replicas, Runner
 from mlodeco.errors import DataError, FallbackWarning, GraphError, MethodError, OptimizerError
 from mlodeco.hypergrad import (
     CG,
@@ -819,3 +819,49 @@ def test_rollback_repeats_every_replica(way):
     ends = [one.built.levels["low"].parameters["w"] for one in (program, other)]
     assert ends[0].shape == ends[1].shape
     assert ends[0].isfinite().all()
+
+
+PARTLY = [
+    (partial(SGD, lr=0.1, momentum=0.9), 1),
+    (partial(SGD, lr=0.1, weight_decay=0.1), 1),
+    (partial(torch.optim.Adam, lr=0.1), 1),
+    (partial(SGD, lr=0.1), 0),
+]
+
+
+@pytest.mark.parametrize("method", ["identity", Unroll(), Unroll(keep_graph=True)])
+@pytest.mark.parametrize(("optimizer", "count"), PARTLY)
+def test_a_parameter_that_some_replicas_alone_touch_is_told_of_once(optimizer, count, method):
+    program = Program()
+    flags = [torch.tensor([0, 0]), torch.tensor([0, 1])]
+
+    @program.level(
+        "low",
+        replicas=Replicas(2, way="loop"),
+        module={"a": torch.ones(2), "b": torch.ones(2)},
+        optimizer=optimizer,
+        data=flags,
+        inner_steps=2,
+    )
+    def low(low, batch, top):
+        loss = (low.a**2).sum() * top.x.sum()
+        return loss if batch.item() else loss + (low.b**2).sum()
+
+    @program.level(
+        "top",
+        lower=["low"],
+        module={"x": torch.ones(1)},
+        hypergrad=method,
+        optimizer=partial(SGD, lr=0.1),
+    )
+    def top(top, low):
+        return (low.a**2).sum()
+
+    runner = Runner(program, seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            runner.step()
+    told = [str(one.message) for one in caught if "some replicas" in str(one.message)]
+    assert len(told) == count
+    assert all("'low'" in text and "'b': replica 1" in text for text in told)

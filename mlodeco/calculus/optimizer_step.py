@@ -68,6 +68,13 @@ class OptimizerStep:
         """The levels from which its options are computed."""
         return self.tuning.reads if self.tuning else ()
 
+    @property
+    def rests_at_zero(self) -> bool:
+        """Whether it is SGD with neither momentum nor weight decay."""
+        options = [group.options for group in self.groups]
+        is_plain = all(not o.get("momentum") and not o.get("weight_decay") for o in options)
+        return self.kind is SGD and is_plain and self.tuning is None
+
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The step as a run makes it, bit for bit; parameters without a gradient stay."""
         clipped = clip_rows(gradients, self.clip_norm, self.replicas)
@@ -92,7 +99,7 @@ class OptimizerStep:
         Raises:
             OptimizerError: the optimizer's step cannot be differentiated.
         """
-        self._require_differentiable()
+        self.require_differentiable()
         tuned = self._tuned(values)
         copies = {key: before.parameters[key].clone() for key in self._stepped(gradients)}
         resting = frozenset[str]() if "lr" in tuned else self._at_rest
@@ -208,7 +215,12 @@ class OptimizerStep:
             raise
         return known
 
-    def _require_differentiable(self) -> None:
+    def require_differentiable(self) -> None:
+        """Refuses an optimizer whose step autograd cannot follow.
+
+        Raises:
+            OptimizerError: it is one.
+        """
         options = self.groups[0].options if self.groups else {}
         if "differentiable" not in options:
             raise self._refusal("it has no differentiable form")

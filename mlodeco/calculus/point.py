@@ -34,13 +34,15 @@ class Decisions:
 
     ``late`` says, for a set of reads, whether they enter the loss late;
     ``touched`` names the own parameters that the loss depended on when it was first looked at:
-    enough for the scale of a step, and not for what a solve is about. ``hessian`` and ``cross``
+    enough for the scale of a step, and not for what a solve is about; ``partly_touched`` names
+    those of which it was told that some replicas alone touch them. ``hessian`` and ``cross``
     name the mode that worked after one without a rule for some operation. ``needs_live_own``:
     the loss itself takes gradients in the own parameters.
     """
 
     late: dict[tuple[str, ...], bool] = field(default_factory=dict)
     touched: frozenset[str] | None = None
+    partly_touched: set[str] = field(default_factory=set)
     hessian: str | None = None
     cross: dict[tuple[str, ...], str] = field(default_factory=dict)
     needs_live_own: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Rule:
     clip_norm: float | None = None
     streams: RecordedStreams | None = None
     replicas: None = None
+    rests_at_zero: ClassVar[bool] = True
+    """It is given zeros for gradients that there are not."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -64,7 +66,15 @@ class Rule:
         Raises:
             OptimizerError: it returned something else than parameters and a state.
         """
-        return self._call(before, gradients, values)
+        found = self._call(before, gradients, values)
+        inputs = before.parameters.values()
+        if any(t.requires_grad for t in inputs) and not any(
+            t.requires_grad for t in found.parameters.values()
+        ):
+            raise self._refusal(
+                "returned parameters without a graph, as under torch.no_grad() or by .detach()"
+            )
+        return found
 
     def carried(self, state: Mapping[str, Any]) -> Tree:
         """The floating point tensors in the state, by their paths."""
@@ -164,6 +174,7 @@ class RuleOfEach:
     rule: Rule
     count: int
     levels: frozenset[str]
+    rests_at_zero: ClassVar[bool] = True
 
     @property
     def reads(self) -> tuple[str, ...]:

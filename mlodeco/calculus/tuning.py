@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final
 
 from torch import Tensor
@@ -61,16 +62,18 @@ class Tuning:
         raise self._refusal(name, value)
 
     def _number(self, name: str, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
-            return value.reshape(())
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return value
-        raise self._refusal(name, value)
+        is_tensor = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+        if not is_tensor and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise self._refusal(name, value)
+        number = float(value.detach()) if isinstance(value, Tensor) else float(value)
+        if not 0.0 <= number < inf:
+            raise self._refusal(name, number)
+        return value.reshape(()) if isinstance(value, Tensor) else value
 
     def _refusal(self, name: str, value: Any) -> OptimizerError:
         return OptimizerError(
             f"tune={{{name!r}: ...}} gave {_described(value)}.",
-            expected="a tensor with one number; for betas a pair of them.",
+            expected="a tensor with one finite number of at least 0; for betas a pair of them.",
             remedy="compute one number for all parameters: lambda hyper: hyper.log_lr.exp().",
             level=self.function.level,
             site=self.function.site,

@@ -39,6 +39,10 @@ class Update(Protocol):
     def replicas(self) -> int | None:
         """Of how many replicas iterates are stacked, each clipped by itself; None for none."""
 
+    @property
+    def rests_at_zero(self) -> bool:
+        """Whether a gradient of zero is to it the same as none."""
+
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The update as a run makes it, clipping included, on copies and without a graph."""
 

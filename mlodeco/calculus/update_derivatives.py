@@ -1,7 +1,8 @@
 """The derivatives of one update, in reverse and in forward mode: elementwise for optimizers.
 
-Where a gradient is exactly zero, a root in an update may have no derivative, and autograd gives
-NaN: there derivatives in gradient and state are zero, and those in the parameter one.
+Where a gradient is exactly zero, or its square is, a root in an update may have no derivative, and
+autograd gives NaN or infinity: there derivatives in gradient and state are zero, and those in the
+parameter one.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ def _mended(value: Tensor, entry: Entry, gradients: Tree, through: Tree) -> Tens
     g = _gradient_of(entry, gradients, value)
     if g is None:
         return value
-    lost = value.isnan() & (g == 0)
+    # also where its square, a thousandth of which Adam keeps, underflows to zero
+    lost = ~value.isfinite() & (g * g * 1e-6 == 0)
     name, key = entry
     if name == "w" and key in through:
         return torch.where(lost, through[key], value)

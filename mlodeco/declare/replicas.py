@@ -26,7 +26,9 @@ class Replicas:
     The level's module shows the first copy, in hooks and validations too, and keeps its buffers;
     gradients that hooks are given are stacked. What a run has not stepped yet starts from the
     module. An optimizer must step each entry by itself, as those of torch with a
-    ``differentiable`` option do.
+    ``differentiable`` option do. Where the loss of some copies alone depends on a parameter, its
+    gradient in the others is zero and not missing, so that momentum and weight decay move it there
+    too; a warning says so.
 
     Args:
         count: T, how many there are.

@@ -343,6 +343,7 @@ def build(registry: Registry) -> Build:
     _warn_of_closed_paths(result)
     _warn_of_parameter_hooks(result)
     _warn_of_unread_sources(result)
+    _warn_of_short_lived_tasks(result)
     _warn_of_idle_options(result, registry)
     registry.built = result
     return result
@@ -532,6 +533,23 @@ def _warn_of_unread_sources(built: Build) -> None:
             warnings.warn(
                 f"source {name!r} ({source.declaration.site}): no level reads it. Remedy: take "
                 f"{name!r} as an argument of a level's function, or remove the source.",
+                GraphWarning,
+                stacklevel=3,
+            )
+
+
+def _warn_of_short_lived_tasks(built: Build) -> None:
+    """Warns of a task that has changed by the time that the level above judges the loop."""
+    for name, source in built.sources.items():
+        if built.is_kept(name):
+            continue
+        readers = built.readers(name)
+        for low in (low for low in readers if built.levels[low].init_from in readers):
+            upper = built.levels[low].init_from
+            warnings.warn(
+                f"source {name!r} ({source.declaration.site}): {low!r} and {upper!r}, from which "
+                "its inner loops start, read it, and it gives each of their steps another item. "
+                'Remedy: write @source(refresh="loop") for a task that both see, or two sources.',
                 GraphWarning,
                 stacklevel=3,
             )

@@ -25,7 +25,7 @@ from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.loops import items_of, recordings, take_loops
+from mlodeco.runtime.loops import items_of, recordings, require_differentiable, take_loops
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
 from mlodeco.runtime.replicas import copies_of, part_of_each, settle_way
@@ -96,6 +96,8 @@ def compute_hypergradient(
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if loops:
             wanted = recordings(built, chosen, top)
+            for name in wanted:
+                require_differentiable(built.levels[name])
             items = {
                 name: [
                     items_of(built.levels[name], drawn, contexts[name], points[name].copies)

@@ -60,7 +60,8 @@ def unrolled_edges(built: Build, methods: Methods, top: str | None = None) -> li
 def _edges(built: Build, methods: Methods, top: str | None) -> list[tuple[str, str]]:
     if top is None:
         return list(methods)
-    return list(built.plan(top, methods).edges)
+    # the program's own plan is kept, and this is asked for at every turn
+    return list(built.plan(top, None if methods is built.methods else methods).edges)
 
 
 def start_of(built: Build, name: str, buffers: Buffers) -> Start:
@@ -155,6 +156,16 @@ def items_of(
     if copies is None:
         return found
     return tuple(entry for items in found for entry in entries_of(level, items, copies))
+
+
+def require_differentiable(level: BuiltLevel, optimizer: Optimizer | None = None) -> None:
+    """Refuses an optimizer whose steps cannot be differentiated, before any is taken.
+
+    Raises:
+        OptimizerError: it is one.
+    """
+    if level.rule is None:
+        read_step(level, optimizer or _optimizer(level)).require_differentiable()
 
 
 def take_loops(

@@ -125,6 +125,7 @@ class Recorder:
             seed=seed or 0,
             generators=(muted.generator,),
             decisions=level.decisions,
+            next_update=lambda: (self._trainer.read_update(), {}),
             streams=streams,
             buffers=self._buffers(),
             copies=copies,

@@ -43,7 +43,7 @@ from mlodeco.runtime.history import (
 )
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
-from mlodeco.runtime.loops import items_of, recordings, unrolled_edges
+from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
 from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
 from mlodeco.runtime.recorder import Recorder, Values
@@ -196,6 +196,7 @@ class Runner:
         found: dict[str, Recorder] = {}
         for name, recording in recordings(self.built, self.built.methods).items():
             level = self.built.levels[name]
+            require_differentiable(level, self._trainers[name].optimizer)
             warn_if_flat(level, self._trainers[name].optimizer)
             level.recent = deque(level.recent, maxlen=level.declaration.inner_steps)
             found[name] = Recorder(

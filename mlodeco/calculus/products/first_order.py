@@ -12,6 +12,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.split import split_point
 from mlodeco.calculus.stateless import gradient, live
+from mlodeco.calculus.untouched import warn_of_untouched
 from mlodeco.tree import Tree, add
 
 
@@ -68,5 +69,6 @@ def _of_each(problem: LowerProblem, count: int) -> FirstOrder:
         for entries in zip(*(one.outcomes for one in found), strict=True)
         for loss, metrics in entries
     ]
+    warn_of_untouched(problem, [one.gradient for one in found])
     gradients = stacked([one.gradient for one in found], problem.parameters)
     return FirstOrder(gradients, found[0].state, outcomes)

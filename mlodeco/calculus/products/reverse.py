@@ -12,6 +12,7 @@ from mlodeco.calculus.autograd_graph import walk_graph
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import frozen, gradient, live
+from mlodeco.calculus.untouched import warn_of_untouched
 from mlodeco.tree import Tree, add, fill
 
 K = TypeVar("K")
@@ -55,6 +56,10 @@ class Reverse:
 
         gradients = self._problem.point.loss.within(self.state, build)
         self._refuse_dead_ends(gradients)
+        copies = self._problem.point.copies
+        if copies is not None and self._problem.level in copies.levels and not copies.is_vmapped:
+            each = [gradients[r :: copies.count] for r in range(copies.count)]
+            warn_of_untouched(self._problem, [set().union(*trees) for trees in each])
         return gradients
 
     def _refuse_dead_ends(self, gradients: list[Tree]) -> None:
