@@ -212,11 +212,11 @@ result = mlodeco.run(2, program=program, progress="plain", seed=3)
 def test_launchers_work(launcher, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     start = {
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
         "accelerate": [
             "accelerate.commands.launch",
             *("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-            *("--dynamo_backend", "no"),
+            *("--dynamo_backend", "no", "--main_process_port", "0"),
         ],
     }[launcher]
     done = subprocess.run(
