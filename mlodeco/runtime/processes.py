@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
+from threading import Event
 from time import monotonic, sleep
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.futures import Future
 
 from mlodeco.calculus.mean import Mean, Trees
 from mlodeco.errors import RunError, did_you_mean, quoted
@@ -112,10 +114,8 @@ class SeveralProcesses(Processes):
 
     def exchange(self, value: Any) -> list[Any]:
         """By the store: for what is small and rare."""
-        try:
+        with self.explained():
             return self._board.exchange(value)
-        except RuntimeError as error:
-            raise self._why_lost(error) from error
 
     def first_with(self, flag: bool) -> int | None:
         """One all-reduce of a number."""
@@ -146,11 +146,8 @@ class SeveralProcesses(Processes):
             RunError: another process has failed, or is gone.
         """
         self.collectives += 1
-        try:
-            work = begin()
-            self._wait(work)
-        except RuntimeError as error:
-            raise self._why_lost(error) from error
+        with self.explained():
+            self._wait(begin())
 
     def _wait(self, work: Any) -> None:
         if self._device.type == "cpu":
@@ -162,15 +159,54 @@ class SeveralProcesses(Processes):
                     if work.is_completed():
                         raise
                 self._board.check()
+        self._poll(work.is_completed)
+        work.wait()
+
+    def _poll(self, is_over: Callable[[], bool]) -> None:
         look = monotonic() + _LOOK
-        while not work.is_completed():
+        while not is_over():
             sleep(0)
             if monotonic() > look:
                 self._board.check()
                 look = monotonic() + _LOOK
-        work.wait()
 
-    def _why_lost(self, error: RuntimeError) -> RunError:
+    def await_future(self, future: Future[Tensor]) -> None:
+        """Waits for a collective that somebody else has begun; on a GPU until it is in its stream.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        over = Event()
+        future.add_done_callback(lambda _: over.set())
+        with self.explained():
+            while not over.wait(_LOOK):
+                self._board.check()
+            future.value()
+
+    def await_device(self) -> None:
+        """Waits for everything in the present stream of a GPU.
+
+        Raises:
+            RunError: another process has failed.
+        """
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._poll(event.query)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Says what has ended a collective: the error of another process, or that it is gone.
+
+        Raises:
+            RunError: in place of torch's own error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.why_lost(error) from error
+
+    def why_lost(self, error: RuntimeError) -> RunError:
         """What ended a collective: the error of another process, or that it was killed."""
         try:
             self._board.check()

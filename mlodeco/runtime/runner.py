@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,10 +46,12 @@ from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
+from mlodeco.runtime.overlap import overlap_of
 from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.shards import shard
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -171,8 +174,11 @@ class Runner:
         processes = self._processes
         validations = [Validation(d, self.built, place, processes) for d in registry.validations]
         levels = self.built.levels
+        share = partial(shard, processes=processes)
+        overlap = partial(overlap_of, processes=processes, given=self._accelerator.ddp_handler)
         self._trainers = {
-            n: Trainer(self.built, level, place, processes) for n, level in levels.items()
+            n: Trainer(self.built, level, place, processes, share, overlap)
+            for n, level in levels.items()
         }
         for trainer in self._trainers.values():
             trainer.level.reported.clear()
@@ -477,20 +483,19 @@ class Runner:
         if self.built.graph.lower[name]:
             return self._differentiate_responses(name, batches, ctx)
         self._probe(name, batches)
-        found = self._differentiate_loss(name, batches, ctx, recorder)
-        return self._trainers[name].average(found)
+        return self._differentiate_loss(name, batches, ctx, recorder)
 
     def _differentiate_loss(
         self, name: str, batches: tuple[Drawn, ...], ctx: Context, recorder: Recorder | None
     ) -> Gradients:
-        """The gradient of a level without lower levels, on this process's data."""
+        """The gradient of a level without lower levels, averaged over processes."""
         trainer = self._trainers[name]
         if trainer.level.copied:
-            return self._differentiate_replicas(name, batches, ctx, recorder)
+            return trainer.average(self._differentiate_replicas(name, batches, ctx, recorder))
         if recorder is not None and recorder.recording.keep_graph:
             parts = items_of(trainer.level, batches, ctx)
             graph = recorder.differentiate(parts, ctx.generator)
-            return trainer.adopt_graph(graph, recorder.point)
+            return trainer.average(trainer.adopt_graph(graph, recorder.point))
         return trainer.backward(batches, ctx)
 
     def _differentiate_responses(

@@ -25,7 +25,7 @@ from mlodeco.calculus.update import Iterate, Update
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.data import Feed, Placer, Share, items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
@@ -35,8 +35,8 @@ from mlodeco.runtime.optimizers import (
     read_state,
     read_step,
 )
+from mlodeco.runtime.overlap import Overlap
 from mlodeco.runtime.processes import Processes
-from mlodeco.runtime.shards import shard
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -51,10 +51,25 @@ class Gradients:
 
 
 class Trainer:
-    """The state of one level in a run and the parts of its step."""
+    """The state of one level in a run and the parts of its step.
+
+    Args:
+        built: the program.
+        level: the level.
+        place: moves batches to the device of the run.
+        processes: those of the run.
+        share: makes of a source of batches the part that this process sees.
+        make_overlap: DDP for the ordinary passes of a level that has gradients, where it serves.
+    """
 
     def __init__(
-        self, built: Build, level: BuiltLevel, place: Placer, processes: Processes
+        self,
+        built: Build,
+        level: BuiltLevel,
+        place: Placer,
+        processes: Processes,
+        share: Share,
+        make_overlap: Callable[[BuiltLevel], Overlap | None],
     ) -> None:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
@@ -64,7 +79,10 @@ class Trainer:
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
         self._processes = processes
-        self._feed = Feed(level.declaration, lambda source: shard(source, processes))
+        self._feed = Feed(level.declaration, share)
+        self._make_overlap = make_overlap
+        self._overlap: Overlap | None = None
+        self._has_looked = False
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
@@ -133,10 +151,15 @@ class Trainer:
             foreign.restore()
 
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
-        """The ordinary backward passes of a level without lower levels."""
-        parameters = list(self.level.parameters.values())
-        for parameter in parameters:
+        """The ordinary backward passes of a level without lower levels, averaged over processes.
+
+        The first ones are averaged behind them: they show whether DDP can do so in between.
+        """
+        for parameter in self.level.parameters.values():
             parameter.grad = None
+        if self._overlap is not None:
+            return self._backward_overlapped(self._overlap, batches, ctx)
+        parameters = list(self.level.parameters.values())
         share = 1.0 / len(batches)
         total = 0.0
         metrics: dict[str, Any] = {}
@@ -144,7 +167,23 @@ class Trainer:
             loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
             total += share * require_finite(loss, self.level.name, self.level.site)
             torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
-        return Gradients(total, metrics)
+        if not self._has_looked:
+            self._overlap = self._make_overlap(self.level)
+            self._has_looked = True
+        return self.average(Gradients(total, metrics))
+
+    def _backward_overlapped(
+        self, overlap: Overlap, batches: tuple[Drawn, ...], ctx: Context
+    ) -> Gradients:
+        """The same while they are averaged."""
+        share = 1.0 / len(batches)
+        metrics: dict[str, Any] = {}
+        for number, batch in enumerate(batches, 1):
+            with overlap.kept_local(is_last=number == len(batches)):
+                loss, metrics = overlap.call(items_for(self.level, batch, ctx))
+                require_finite(loss, self.level.name, self.level.site)
+                overlap.backward(loss * share)
+        return Gradients(overlap.take_loss(), metrics)
 
     def differentiate(self, point: Point) -> Gradients:
         """The same at a point, for a level that sees replicas."""
