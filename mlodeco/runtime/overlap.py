@@ -1,0 +1,167 @@
+"""Backward passes during which gradients are averaged already: torch's DDP for one level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.processes import Processes, SeveralProcesses
+
+_OWN = ("broadcast_buffers", "find_unused_parameters", "static_graph")
+"""Options that are not a person's: there are no buffers, and what a loss touches may change."""
+
+
+class Overlap:
+    """The ordinary passes of a level, whose gradients DDP averages in buckets as they come.
+
+    DDP sees the level's own parameters alone, so that modules shared or read stay out of it, and
+    all buffers. It waits for its buckets in C++, where nobody looks whether another process has
+    failed; so a callback that the backward pass calls before waits for them.
+
+    Args:
+        level: the level.
+        processes: those that average.
+        given: how a person wants DDP to be; its bucket size, views and communication hook.
+    """
+
+    def __init__(
+        self,
+        level: BuiltLevel,
+        processes: SeveralProcesses,
+        given: DistributedDataParallelKwargs | None,
+    ) -> None:
+        self._processes = processes
+        self._passes = _Passes(level)
+        options = {} if given is None else given.to_kwargs()
+        self._ddp = DistributedDataParallel(
+            self._passes,
+            init_sync=False,
+            find_unused_parameters=True,
+            **{name: value for name, value in options.items() if name not in _OWN},
+        )
+        self._reduction = reduction = _Reduction(processes)
+        if given is not None:
+            given.register_comm_hook(reduction)
+        # not a method of this object: no cycle that leads through C++ is ever collected
+        self._ddp.register_comm_hook(None, lambda _, bucket: reduction.begin(bucket))
+
+    @property
+    def inputs(self) -> list[nn.Parameter]:
+        """What backward passes are to find the gradients of."""
+        return list(self._passes.parameters())
+
+    def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The loss and its metrics, as of :meth:`StatelessLoss.call`."""
+        loss: Tensor = self._ddp(items)
+        return loss, self._passes.metrics
+
+    def kept_local(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Where gradients are summed up; those of the last micro-batch end it."""
+        return nullcontext() if is_last else self._ddp.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to ``.grad``, which the last micro-batch's pass averages.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        reduction = self._reduction
+        reduction.is_over = False
+        try:
+            torch.autograd.backward(loss, inputs=self.inputs)
+        except RuntimeError as error:
+            if reduction.is_over:  # a collective of DDP's own, behind the buckets
+                raise self._processes.why_lost(error) from error
+            raise
+        finally:
+            reduction.begun.clear()
+        if reduction.is_over:
+            self._processes.await_device()
+
+    def take_loss(self) -> float:
+        """The mean over processes and micro-batches, which has come with the gradients."""
+        tally = self._passes.tally
+        grad, tally.grad = tally.grad, None
+        if grad is None:
+            raise RuntimeError("no gradients have been averaged")
+        total, weight = grad.tolist()
+        return float(total / weight)
+
+
+class _Reduction:
+    """The buckets of one backward pass.
+
+    Attributes:
+        begun: what DDP will wait for.
+        is_over: whether that has come.
+    """
+
+    def __init__(self, processes: SeveralProcesses) -> None:
+        self._processes = processes
+        self._hook: Callable[[Any, Any], Future[Tensor]] = allreduce_hook
+        self._state: Any = None
+        self.begun: list[Future[Tensor]] = []
+        self.is_over = False
+
+    def register_comm_hook(self, state: Any, hook: Callable[[Any, Any], Future[Tensor]]) -> None:
+        """Takes the hook of a person, as DDP would."""
+        self._state, self._hook = state, hook
+
+    def begin(self, bucket: Any) -> Future[Tensor]:
+        """Begins to average a bucket."""
+        if not self.begun:
+            # called before DDP's own, which it queues behind its last bucket
+            torch.autograd.Variable._execution_engine.queue_callback(self._wait)
+        with self._processes.explained():
+            self._processes.collectives += 1
+            future = self._hook(self._state, bucket)
+        self.begun.append(future)
+        return future
+
+    def _wait(self) -> None:
+        for future in self.begun:
+            self._processes.await_future(future)
+        self.is_over = True
+
+
+def overlap_of(
+    level: BuiltLevel, processes: Processes, given: DistributedDataParallelKwargs | None
+) -> Overlap | None:
+    """DDP for a level that has its first gradients; None where it cannot serve.
+
+    That is in one process, and if a process has gradients that are sparse or sharded.
+    """
+    if not isinstance(processes, SeveralProcesses):
+        return None
+    found = [p.grad for p in level.parameters.values() if p.grad is not None]
+    is_odd = any(type(grad) is not Tensor or grad.is_sparse for grad in found)
+    return None if processes.first_with(is_odd) is not None else Overlap(level, processes, given)
+
+
+class _Passes(nn.Module):
+    """A level's loss as a module of its own parameters, and of a tally at zero.
+
+    The tally's gradient is the loss and one: so their mean comes with the last bucket, and every
+    process has some gradient to begin with, whatever its loss touches.
+    """
+
+    def __init__(self, level: BuiltLevel) -> None:
+        super().__init__()
+        self._call = level.loss.call
+        self.owned = nn.ParameterList(level.parameters.values())
+        self.tally = nn.Parameter(next(iter(self.owned)).new_zeros(2))
+        self.metrics: dict[str, Any] = {}
+
+    def forward(self, items: Mapping[str, Any]) -> Tensor:
+        loss, self.metrics = self._call(items)
+        known = loss.detach()
+        return loss + (self.tally * torch.stack([known, torch.ones_like(known)])).sum()
