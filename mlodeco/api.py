@@ -128,6 +128,7 @@ def run(
     accelerator: Accelerator | None = None,
     nested: bool = False,
     reduce: str = "exact",
+    tails: str = "drop",
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -147,6 +148,9 @@ def run(
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them, so that it is that of the mean loss; ``"once"`` averages the hypergradients that
             the processes find each on its own data, by one collective.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -158,7 +162,12 @@ def run(
     check_steps(steps)
     display = make_display(progress)
     runner = Runner(
-        _known(program), seed=seed, accelerator=accelerator, nested=nested, reduce=reduce
+        _known(program),
+        seed=seed,
+        accelerator=accelerator,
+        nested=nested,
+        reduce=reduce,
+        tails=tails,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)

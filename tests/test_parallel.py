@@ -6,15 +6,29 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Adam
 
 from mlodeco import Runner
-from mlodeco.errors import RunError
+from mlodeco.errors import OptimizerError, RunError
 from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
-from tests.parallel_worker import CASES, bilevel, samples, train, validated
+from tests.parallel_worker import (
+    CASES,
+    EXPLICIT,
+    FAILURES,
+    PADDED,
+    bilevel,
+    samples,
+    train,
+    validated,
+)
 
 ROOT = Path(__file__).parent.parent
 WORKER = ("-m", "tests.parallel_worker")
@@ -24,12 +38,12 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(out, what, count=2):
-    """Starts the worker as a launcher would; what each left, with its exit status and output."""
+def begin(out, what, count=2):
+    """Starts the worker as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, *WORKER, str(out), what],
             env=environment(
@@ -47,18 +61,23 @@ def launch(out, what, count=2):
         )
         for rank in range(count)
     ]
+
+
+def end(out, started):
+    """What each process left, and its output."""
     try:
-        printed = [process.communicate(timeout=150)[0] for process in started]
+        printed = [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    found = [out / f"{rank}.pt" for rank in range(count)]
+    found = [out / f"{rank}.pt" for rank in range(len(started))]
     return [torch.load(f, weights_only=False) if f.exists() else None for f in found], printed
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    found, printed = launch(tmp_path_factory.mktemp("healthy"), "healthy")
+    out = tmp_path_factory.mktemp("healthy")
+    found, printed = end(out, begin(out, "healthy"))
     assert None not in found, "\n".join(printed)
     return found, printed
 
@@ -66,6 +85,15 @@ def healthy(tmp_path_factory):
 def distance(left, right):
     assert left.keys() == right.keys()
     return max(float((left[key] - right[key]).abs().max()) for key in left)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """All failures at once: each has two processes of its own."""
+    outs = {what: tmp_path_factory.mktemp("failed") for what in FAILURES}
+    started = {what: begin(out, what) for what, out in outs.items()}
+    found = {what: end(outs[what], pair) for what, pair in started.items()}
+    return {what: (*found[what], float((outs[what] / "failed").read_text())) for what in FAILURES}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,7 +105,30 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(case, healthy)
     assert two["losses"] == other["losses"]
     for name, losses in one["losses"].items():
         assert two["losses"][name] == pytest.approx(losses, abs=1e-7)
-    assert two["norms"] == pytest.approx(one["norms"], abs=1e-7)
+    assert two["numbers"] == pytest.approx(one["numbers"], abs=1e-7)
+
+
+def test_the_steps_of_leaf_levels_go_through_ddp(healthy):
+    for case in CASES:
+        leaves = {
+            "chain": ["head", "body"],
+            "tuned": ["low", "ruled"],
+            "odd modules": ["low", "other"],
+        }
+        expected = leaves.get(case, leaves.get(case.split()[0], ["low"]))
+        found = [ranked[case]["overlapped"] for ranked in healthy[0]]
+        assert found == [[] if case in EXPLICIT else expected] * 2, case
+
+
+def test_the_options_of_a_given_accelerator_take_effect(healthy):
+    one = healthy[0][0]["schedule"]
+    given = healthy[0][0]["accelerators"]
+    for name in ("plain", "buckets"):
+        assert distance(given[name]["state"], one["state"]) < 1e-12
+        assert given[name]["numbers"] == pytest.approx(one["numbers"], abs=1e-12)
+    assert given["plain"]["collectives"] == one["collectives"]
+    assert given["buckets"]["collectives"] > one["collectives"]
+    assert 1e-6 < distance(given["hook"]["state"], one["state"]) < 1e-2
 
 
 @pytest.mark.parametrize("method", ["neumann", "sama", "unroll", "cg"])
@@ -108,6 +159,22 @@ def test_processes_see_together_what_one_sees(kind, healthy):
         assert seen[:2] != seen[2:4]
     if kind != "stream":
         assert first["ends"] == second["ends"] == [2, 4]
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_what_is_left_of_a_pass_is_padded_where_asked_for(kind, healthy):
+    first, second = (found["samples"][f"{kind}, padded"] for found in healthy[0])
+    seen = [a + b for a, b in zip(first["seen"], second["seen"], strict=True)]
+    size, batches = {"single": (2, 4), "drop_last": (8, 3)}.get(kind, (8, 3))
+    assert {len(batch) for batch in seen} == {size}
+    if kind == "single":
+        return
+    one_pass = [number for batch in seen[:batches] for number in batch]
+    assert set(one_pass) == set(range(20 if kind == "drop_last" else 22)) or kind == "shuffled"
+    assert len(set(one_pass)) == 22 - 2 * (kind == "drop_last")
+    assert one_pass[-2:] == one_pass[:2] or kind == "drop_last"
+    if kind != "stream":
+        assert first["ends"] == second["ends"] == [3]
 
 
 def test_a_shuffled_pass_is_that_of_one_process(healthy):
@@ -173,26 +240,64 @@ def test_processes_that_drift_apart_are_told_of_once(healthy):
     assert nothing == []
 
 
-def test_an_unknown_reduction_is_refused(healthy):
+def test_what_cannot_be_done_is_refused(healthy):
     for found in healthy[0]:
-        assert "Did you mean 'once'?" in found["refused"]
+        messages = found["refused"]
+        assert "Did you mean 'once'?" in messages["reduce"]
+        assert "Did you mean 'pad'?" in messages["tails"]
+        assert "divide the batch sizes by the number of processes" in messages["split"]
+        for what in ("sama", "unroll", "rollback"):
+            message = messages[f"divided {what}"]
+            assert "level 'low'" in message
+            assert "ZeroRedundancyOptimizer keeps a part in each process" in message
+            assert "partial(Adam, lr=...)" in message
     with pytest.raises(RunError, match="reduce=3"):
         Runner(bilevel("identity", 1), reduce=3)
 
 
-def test_an_error_of_one_ends_all_with_its_words(tmp_path):
-    (first, second), _ = launch(tmp_path, "raises")
+def test_a_divided_optimizer_needs_several_processes():
+    program = bilevel(
+        "neumann", 1, {"optimizer": partial(ZeroRedundancyOptimizer, optimizer_class=Adam, lr=0.1)}
+    )
+    with pytest.raises(OptimizerError, match=r"level 'low'.*there is one process"):
+        Runner(program)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (DistributedType.DEEPSPEED, "ZeroRedundancyOptimizer.*FSDP2"),
+        (DistributedType.MEGATRON_LM, "accelerate launch --multi_gpu"),
+        (DistributedType.XLA, "accelerate launch --multi_gpu"),
+    ],
+)
+def test_other_engines_are_refused(kind, words, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(RunError, match=rf"(?s){kind.value}.*{words}"):
+        Runner(bilevel("identity", 1))
+
+
+def test_gradient_accumulation_belongs_to_levels():
+    given = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(RunError, match=r"(?s)gradient_accumulation_steps=2.*accumulate="):
+        Runner(bilevel("identity", 1), accelerator=given)
+
+
+@pytest.mark.parametrize("what", [what for what in FAILURES if what.startswith("raises")])
+def test_an_error_of_one_ends_all_with_its_words(what, failed):
+    (first, second), _, since = failed[what]
     assert second["message"].startswith("ValueError: words of my own")
     assert first["message"].startswith("RunError: process 1 ended with ValueError: words of my own")
     assert "tick 3" in first["message"]
-    assert max(first["seconds"], second["seconds"]) < 10.0
+    assert max(first["ended"], second["ended"]) - since < 8.0
 
 
-def test_a_process_that_was_killed_is_named(tmp_path):
-    (first, second), _ = launch(tmp_path, "killed")
+@pytest.mark.parametrize("what", [what for what in FAILURES if what.startswith("killed")])
+def test_a_process_that_was_killed_is_named(what, failed):
+    (first, second), _, since = failed[what]
     assert second is None
     assert "do not answer: 1." in first["message"]
-    assert first["seconds"] < 15.0
+    assert first["ended"] - since < 15.0
 
 
 def test_processes_with_other_modules_are_refused(healthy):

@@ -158,7 +158,10 @@ class _Passes(nn.Module):
         super().__init__()
         self._call = level.loss.call
         self.owned = nn.ParameterList(level.parameters.values())
-        self.tally = nn.Parameter(next(iter(self.owned)).new_zeros(2))
+        some = next(iter(self.owned))
+        self.tally = nn.Parameter(some.new_zeros(2))
+        # torch says in each process that there was no need to look, where all are touched
+        self.untouched = nn.Parameter(some.new_zeros(1))
         self.metrics: dict[str, Any] = {}
 
     def forward(self, items: Mapping[str, Any]) -> Tensor:

@@ -67,6 +67,11 @@ class Processes:
         return tensor
 
     @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Where somebody else's code makes collectives."""
+        yield
+
+    @contextmanager
     def ended_together(self) -> Iterator[None]:
         """Ends all processes by an error of one."""
         yield
@@ -132,6 +137,17 @@ class SeveralProcesses(Processes):
         parts = [torch.empty_like(own) for _ in range(self.count)]
         self._take_part(lambda: distributed.all_gather(parts, own, async_op=True))
         return torch.cat(parts).to(tensor.device)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Where somebody else's code makes collectives, begun once all processes have come there.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        self.first_with(False)
+        with self.explained():
+            yield
 
     @contextmanager
     def ended_together(self) -> Iterator[None]:
@@ -223,17 +239,17 @@ class SeveralProcesses(Processes):
         )
 
 
-def check_reduce(reduce: object) -> None:
-    """Refuses what is no way to average hypergradients.
+def check_choice(option: str, value: object, known: Sequence[str]) -> None:
+    """Refuses what is none of an option's words.
 
     Raises:
         RunError: it is none.
     """
-    if reduce not in REDUCTIONS:
+    if value not in known:
         raise RunError(
-            f"reduce={reduce!r}.",
-            expected=f"one of {quoted(REDUCTIONS)}.",
-            remedy=f"choose one of them.{did_you_mean(str(reduce), REDUCTIONS)}",
+            f"{option}={value!r}.",
+            expected=f"one of {quoted(known)}.",
+            remedy=f"choose one of them.{did_you_mean(str(value), known)}",
         )
 
 

@@ -47,11 +47,17 @@ from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
 from mlodeco.runtime.overlap import overlap_of
-from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
+from mlodeco.runtime.processes import (
+    REDUCTIONS,
+    Processes,
+    check_choice,
+    processes_of,
+    require_same,
+)
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
-from mlodeco.runtime.shards import shard
+from mlodeco.runtime.shards import TAILS, shard
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -112,6 +118,9 @@ class Runner:
             of Eq. (2), which takes the levels below a mid-level as constants.
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them; ``"once"`` averages finished hypergradients.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -125,6 +134,7 @@ class Runner:
         accelerator: Accelerator | None = None,
         nested: bool = False,
         reduce: str = "exact",
+        tails: str = "drop",
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -133,7 +143,9 @@ class Runner:
         self.listeners: list[Listener] = []
         self.tick = 0
         check_nested(nested)
-        check_reduce(reduce)
+        check_choice("reduce", reduce, REDUCTIONS)
+        check_choice("tails", tails, TAILS)
+        self._tails = tails
         self._reduce = reduce
         self._nested = nested
         self._best: Best | None = None
@@ -174,7 +186,7 @@ class Runner:
         processes = self._processes
         validations = [Validation(d, self.built, place, processes) for d in registry.validations]
         levels = self.built.levels
-        share = partial(shard, processes=processes)
+        share = partial(shard, processes=processes, tails=self._tails)
         overlap = partial(overlap_of, processes=processes, given=self._accelerator.ddp_handler)
         self._trainers = {
             n: Trainer(self.built, level, place, processes, share, overlap)

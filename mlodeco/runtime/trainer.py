@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mlodeco.calculus.clipping import clip_factor, clip_rows, row_norms
 from mlodeco.calculus.mean import Mean
@@ -30,6 +31,7 @@ from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
     fresh_state,
+    is_divided,
     make_optimizer,
     make_scheduler,
     read_state,
@@ -322,11 +324,18 @@ class Trainer:
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler, or of the level's own rule."""
         if self.optimizer is not None:
-            self.optimizer.step()
+            self._step(self.optimizer)
         elif self.level.rule is not None:
             self._apply_rule(self.level.rule)
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def _step(self, optimizer: Optimizer) -> None:
+        if is_divided(optimizer):
+            with self._processes.meeting():
+                optimizer.step()
+        else:
+            optimizer.step()
 
     def _apply_rule(self, rule: Rule | RuleOfEach) -> None:
         before = Iterate(frozen(self.level.parameters), self.rule_state)
