@@ -436,7 +436,7 @@ def sparse(parts):
 
     @program.level(
         "low",
-        module=lambda: nn.Embedding.from_pretrained(data(7)[0], freeze=False, sparse=True),
+        module=lambda: nn.Embedding.from_pretrained(data(7)[0], freeze=False, sparse=parts == 2),
         optimizer=partial(SGD, lr=0.1),
         data=loader(1, parts),
     )

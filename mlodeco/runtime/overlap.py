@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -101,20 +101,19 @@ class _Reduction:
     """The buckets of one backward pass.
 
     Attributes:
-        begun: what DDP will wait for.
-        is_over: whether that has come.
+        begun: for each bucket what waits for it.
+        is_over: whether all have come.
     """
 
     def __init__(self, processes: SeveralProcesses) -> None:
         self._processes = processes
-        self._hook: Callable[[Any, Any], Future[Tensor]] = allreduce_hook
-        self._state: Any = None
-        self.begun: list[Future[Tensor]] = []
+        self._average: Callable[[Any], Future[Tensor]] = self._mean
+        self.begun: list[Callable[[], None]] = []
         self.is_over = False
 
     def register_comm_hook(self, state: Any, hook: Callable[[Any, Any], Future[Tensor]]) -> None:
         """Takes the hook of a person, as DDP would."""
-        self._state, self._hook = state, hook
+        self._average = partial(self._hooked, partial(hook, state))
 
     def begin(self, bucket: Any) -> Future[Tensor]:
         """Begins to average a bucket."""
@@ -122,14 +121,30 @@ class _Reduction:
             # called before DDP's own, which it queues behind its last bucket
             torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         with self._processes.explained():
-            self._processes.collectives += 1
-            future = self._hook(self._state, bucket)
-        self.begun.append(future)
+            return self._average(bucket)
+
+    def _mean(self, bucket: Any) -> Future[Tensor]:
+        """The mean in a future of our own: torch's would call Python from a thread of its own."""
+        average: Tensor = bucket.buffer()
+        work = self._processes.begin_mean(average)
+        devices: list[int | str | torch.device] = [average.device] if average.is_cuda else []
+        future: Future[Tensor] = Future(devices=devices)
+
+        def finish() -> None:
+            self._processes.await_work(work)
+            future.set_result(average)
+
+        self.begun.append(finish)
+        return future
+
+    def _hooked(self, hook: Callable[[Any], Future[Tensor]], bucket: Any) -> Future[Tensor]:
+        future = hook(bucket)
+        self.begun.append(partial(self._processes.await_future, future))
         return future
 
     def _wait(self) -> None:
-        for future in self.begun:
-            self._processes.await_future(future)
+        for wait in self.begun:
+            wait()
         self.is_over = True
 
 

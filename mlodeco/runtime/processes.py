@@ -105,8 +105,23 @@ class SeveralProcesses(Processes):
     def _mean(self, trees: Trees, like: Trees) -> list[Tree]:
         """One all-reduce of one flat bucket."""
         bucket = pack(trees, like)
-        self._take_part(lambda: distributed.all_reduce(bucket, async_op=True))
-        return unpack(bucket.div_(self.count), like)
+        self.await_work(self.begin_mean(bucket))
+        return unpack(bucket, like)
+
+    def begin_mean(self, bucket: Tensor) -> Any:
+        """Begins to average a tensor in place, for :meth:`await_work`."""
+        self.collectives += 1
+        with self.explained():
+            return distributed.all_reduce(bucket.div_(self.count), async_op=True)
+
+    def await_work(self, work: Any) -> None:
+        """Waits for a collective.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        with self.explained():
+            self._wait(work)
 
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
         """One broadcast of the bytes of all."""
