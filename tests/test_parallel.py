@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Adam
+from torch.utils.data import DataLoader, IterableDataset
 
 from mlodeco import Runner
-from mlodeco.errors import OptimizerError, RunError
+from mlodeco.errors import DataError, OptimizerError, RunError
 from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
+from mlodeco.runtime.shards import shard
 from tests.parallel_worker import (
     CASES,
     EXPLICIT,
@@ -120,6 +123,11 @@ def test_the_steps_of_leaf_levels_go_through_ddp(healthy):
         assert found == [[] if case in EXPLICIT else expected] * 2, case
 
 
+def test_micro_batches_are_averaged_together(healthy):
+    found = healthy[0][0]
+    assert found["micro-batches"]["collectives"] == found["bilevel neumann"]["collectives"]
+
+
 def test_the_options_of_a_given_accelerator_take_effect(healthy):
     one = healthy[0][0]["schedule"]
     given = healthy[0][0]["accelerators"]
@@ -175,6 +183,19 @@ def test_what_is_left_of_a_pass_is_padded_where_asked_for(kind, healthy):
     assert one_pass[-2:] == one_pass[:2] or kind == "drop_last"
     if kind != "stream":
         assert first["ends"] == second["ends"] == [3]
+
+
+class Words(IterableDataset):
+    def __iter__(self):
+        return iter(("one", "two", "three"))
+
+
+def test_batches_that_cannot_be_padded_are_refused():
+    processes = SimpleNamespace(count=2, rank=0)
+    share = shard(DataLoader(Words(), batch_size=1), processes, "pad")
+    with pytest.raises(DataError, match=r"(?s)cannot be padded.*tails=\"pad\""):
+        list(share)
+    assert list(shard(DataLoader(Words(), batch_size=1), processes, "drop")) == [["one"]]
 
 
 def test_a_shuffled_pass_is_that_of_one_process(healthy):

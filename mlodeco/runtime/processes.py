@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from threading import Event
 from time import monotonic, sleep
@@ -29,6 +33,20 @@ _LOOK = 0.25
 
 _numbers = count()
 """Numbers of the runs, the same in all processes."""
+
+_sent: deque[weakref.ref[Tensor]] = deque(maxlen=16)
+"""What the newest collectives carry, as long as a thread of theirs holds it."""
+
+
+@atexit.register
+def _let_go() -> None:
+    """Waits for threads to drop what they carried, which needs an interpreter that still runs.
+
+    A process that exits before is aborted by torch 2.13.
+    """
+    until = monotonic() + 2.0
+    while any(tensor() is not None for tensor in _sent) and monotonic() < until:
+        sleep(0.001)
 
 
 class Processes:
@@ -110,9 +128,10 @@ class SeveralProcesses(Processes):
 
     def begin_mean(self, bucket: Tensor) -> Any:
         """Begins to average a tensor in place, for :meth:`await_work`."""
-        self.collectives += 1
         with self.explained():
-            return distributed.all_reduce(bucket.div_(self.count), async_op=True)
+            return self._begin(
+                partial(distributed.all_reduce, async_op=True), bucket.div_(self.count)
+            )
 
     def await_work(self, work: Any) -> None:
         """Waits for a collective.
@@ -128,7 +147,7 @@ class SeveralProcesses(Processes):
         distinct = list({id(tensor): tensor for tensor in tensors if tensor.numel()}.values())
         if distinct:
             bucket = pack_bytes([tensor.to(self._device) for tensor in distinct])
-            self._take_part(lambda: distributed.broadcast(bucket, 0, async_op=True))
+            self._take_part(partial(distributed.broadcast, src=0, async_op=True), bucket)
             if not self.is_main:
                 unpack_bytes(bucket, distinct)
 
@@ -141,7 +160,7 @@ class SeveralProcesses(Processes):
         """One all-reduce of a number."""
         first = torch.tensor([self.rank if flag else self.count], device=self._device)
         smallest = distributed.ReduceOp.MIN
-        self._take_part(lambda: distributed.all_reduce(first, smallest, async_op=True))
+        self._take_part(partial(distributed.all_reduce, op=smallest, async_op=True), first)
         found = int(first)
         return found if found < self.count else None
 
@@ -149,9 +168,9 @@ class SeveralProcesses(Processes):
         """One all-gather; tensors of one shape on all processes. It cannot be differentiated."""
         own = tensor.detach().to(self._device)
         own = own.reshape(1) if own.dim() == 0 else own.contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.count)]
-        self._take_part(lambda: distributed.all_gather(parts, own, async_op=True))
-        return torch.cat(parts).to(tensor.device)
+        all_ = own.new_empty((self.count * own.shape[0], *own.shape[1:]))
+        self._take_part(partial(distributed.all_gather_into_tensor, async_op=True), all_, own)
+        return all_.to(tensor.device)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -170,15 +189,20 @@ class SeveralProcesses(Processes):
         with self._board.told():
             yield
 
-    def _take_part(self, begin: Callable[[], Any]) -> None:
-        """Begins a collective and waits for it.
+    def _take_part(self, begin: Callable[..., Any], *tensors: Tensor) -> None:
+        """Begins a collective of tensors and waits for it.
 
         Raises:
             RunError: another process has failed, or is gone.
         """
-        self.collectives += 1
         with self.explained():
-            self._wait(begin())
+            self._wait(self._begin(begin, *tensors))
+
+    def _begin(self, begin: Callable[..., Any], *tensors: Tensor) -> Any:
+        self.collectives += 1
+        carried = [tensor.detach() for tensor in tensors]
+        _sent.extend(map(weakref.ref, carried))
+        return begin(*carried)
 
     def _wait(self, work: Any) -> None:
         if self._device.type == "cpu":
@@ -207,6 +231,7 @@ class SeveralProcesses(Processes):
         Raises:
             RunError: another process has failed, or is gone.
         """
+        self.collectives += 1
         over = Event()
         future.add_done_callback(lambda _: over.set())
         with self.explained():

@@ -17,6 +17,7 @@ from accelerate.utils import concatenate, slice_tensors
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from mlodeco.calculus.randomness import preserved_randomness
+from mlodeco.errors import DataError
 from mlodeco.runtime.data import count_samples
 from mlodeco.runtime.processes import Processes
 
@@ -149,14 +150,25 @@ class _Share:
         return is_even and len(group) == self._processes.count
 
     def _pad(self, group: list[Any], first: list[Any]) -> list[Any]:
-        """The group filled up from the first one of the pass, with samples or else entries."""
+        """The group filled up from the first one of the pass, with samples or else entries.
+
+        Raises:
+            DataError: batches of what is no tensors, which cannot be put together.
+        """
         count, size = self._processes.count, self._size
         if self._is_full(group):
             return group
         if size is None:
             return list(islice(chain(group, cycle(first)), count))
         join, cut, measure = self._kind.join, self._kind.cut, self._kind.measure
-        whole, beginning = join(group), join(first)
+        try:
+            whole, beginning = join(group), join(first)
+        except TypeError as error:
+            raise DataError(
+                f"the end of a pass cannot be padded: {error}",
+                expected="batches of tensors from an iterable data set.",
+                remedy='leave tails="pad" out, or give a data set with indices.',
+            ) from error
         while (missing := count * size - measure(whole)) > 0:
             whole = join([whole, cut(beginning, slice(missing))])
         return [cut(whole, slice(n * size, (n + 1) * size)) for n in range(count)]
