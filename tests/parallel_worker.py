@@ -6,13 +6,17 @@ As a script: one of several processes, which runs the cases named and writes wha
 from __future__ import annotations
 
 import itertools
+import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import warnings
 from collections import Counter
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -758,9 +762,52 @@ def ending(program):
         return {"message": f"{type(error).__name__}: {error}", "ended": time.monotonic()}
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def place(rank, count, port):
+    """What a launcher tells the process of a number."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
+def fail(what, out, rank, port):
+    os.environ.update(place(rank, 2, port))
+    torch.save(failing(what, out), out / f"{rank}.pt")
+
+
+def failures(out):
+    """All failures at once, in two processes each, which have imported everything already."""
+    import_module("torch._dynamo")  # DDP asks for it
+    context = multiprocessing.get_context("fork")
+    started = []
+    for what in FAILURES:
+        (out / what).mkdir()
+        port = free_port()
+        started += [
+            context.Process(target=fail, args=(what, out / what, rank, port)) for rank in range(2)
+        ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    (out / "exits").write_text(json.dumps([process.exitcode for process in started]))
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore", mlodeco.MlodecoWarning)
     torch.set_num_threads(1)
     out, what = Path(sys.argv[1]), sys.argv[2]
-    found = healthy() if what == "healthy" else failing(what, out)
-    torch.save(found, out / f"{os.environ['RANK']}.pt")
+    if what == "healthy":
+        torch.save(healthy(), out / f"{os.environ['RANK']}.pt")
+    else:
+        failures(out)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,8 @@ from tests.parallel_worker import (
     FAILURES,
     PADDED,
     bilevel,
+    free_port,
+    place,
     samples,
     train,
     validated,
@@ -41,46 +45,38 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def begin(out, what, count=2):
-    """Starts the worker as a launcher would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [
-        subprocess.Popen(
-            [sys.executable, *WORKER, str(out), what],
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(count),
-                LOCAL_WORLD_SIZE=str(count),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+def start(out, what, **more):
+    return subprocess.Popen(
+        [sys.executable, *WORKER, str(out), what],
+        env=environment(**more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-def end(out, started):
-    """What each process left, and its output."""
+def finish(started):
+    """The output of each process."""
     try:
-        printed = [process.communicate(timeout=300)[0] for process in started]
+        return [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    found = [out / f"{rank}.pt" for rank in range(len(started))]
-    return [torch.load(f, weights_only=False) if f.exists() else None for f in found], printed
+
+
+def left(out):
+    """What each of two processes has left."""
+    found = [out / f"{rank}.pt" for rank in range(2)]
+    return [torch.load(f, weights_only=False) if f.exists() else None for f in found]
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    out = tmp_path_factory.mktemp("healthy")
-    found, printed = end(out, begin(out, "healthy"))
+    out, port = tmp_path_factory.mktemp("healthy"), free_port()
+    started = [start(out, "healthy", **place(rank, 2, port)) for rank in range(2)]
+    printed = finish(started)
+    found = left(out)
     assert None not in found, "\n".join(printed)
     return found, printed
 
@@ -92,11 +88,15 @@ def distance(left, right):
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
-    """All failures at once: each has two processes of its own."""
-    outs = {what: tmp_path_factory.mktemp("failed") for what in FAILURES}
-    started = {what: begin(out, what) for what, out in outs.items()}
-    found = {what: end(outs[what], pair) for what, pair in started.items()}
-    return {what: (*found[what], float((outs[what] / "failed").read_text())) for what in FAILURES}
+    """What was left of each failure, when it happened, and the exit statuses."""
+    out = tmp_path_factory.mktemp("failed")
+    printed = finish([start(out, "failures")])
+    exits = iter(json.loads((out / "exits").read_text())) if (out / "exits").exists() else None
+    assert exits, printed
+    return {
+        what: (left(out / what), float((out / what / "failed").read_text()), [*islice(exits, 2)])
+        for what in FAILURES
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -306,7 +306,8 @@ def test_gradient_accumulation_belongs_to_levels():
 
 @pytest.mark.parametrize("what", [what for what in FAILURES if what.startswith("raises")])
 def test_an_error_of_one_ends_all_with_its_words(what, failed):
-    (first, second), _, since = failed[what]
+    (first, second), since, exits = failed[what]
+    assert exits == [0, 0]
     assert second["message"].startswith("ValueError: words of my own")
     assert first["message"].startswith("RunError: process 1 ended with ValueError: words of my own")
     assert "tick 3" in first["message"]
@@ -315,7 +316,8 @@ def test_an_error_of_one_ends_all_with_its_words(what, failed):
 
 @pytest.mark.parametrize("what", [what for what in FAILURES if what.startswith("killed")])
 def test_a_process_that_was_killed_is_named(what, failed):
-    (first, second), _, since = failed[what]
+    (first, second), since, exits = failed[what]
+    assert exits == [0, -signal.SIGKILL]
     assert second is None
     assert "do not answer: 1." in first["message"]
     assert first["ended"] - since < 15.0
