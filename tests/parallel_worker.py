@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.hypergrad import CG, Neumann, Unroll
+from mlodeco.runtime.overlap import Overlap
 
 STEPS = 12
 SIZE = 8
@@ -477,7 +478,7 @@ def train(case, parts, **options):
         "state": state(program),
         "losses": losses,
         "numbers": [number for r in steps for number in (r.grad_norm, r.learning_rate)],
-        "overlapped": [n for n, t in runner._trainers.items() if t._overlap is not None],
+        "overlapped": [n for n, t in runner._trainers.items() if isinstance(t._passes, Overlap)],
         "collectives": runner._processes.collectives,
     }
 

@@ -1,4 +1,4 @@
-"""Backward passes during which gradients are averaged already: torch's DDP for one level."""
+"""The ordinary passes of one level, during which torch's DDP averages gradients already."""
 
 from __future__ import annotations
 
@@ -20,7 +20,34 @@ _OWN = ("broadcast_buffers", "find_unused_parameters", "static_graph")
 """Options that are not a person's: there are no buffers, and what a loss touches may change."""
 
 
-class Overlap:
+class Passes:
+    """The ordinary passes of a level in this process alone.
+
+    Args:
+        level: the level.
+    """
+
+    def __init__(self, level: BuiltLevel) -> None:
+        self._level = level
+
+    def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The loss and its metrics, as of :meth:`StatelessLoss.call`."""
+        return self._level.loss.call(items)
+
+    def kept_local(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Where gradients are summed up; those of the last micro-batch end it."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to ``.grad``."""
+        torch.autograd.backward(loss, inputs=list(self._level.parameters.values()))
+
+    def take_loss(self) -> float | None:
+        """The mean over processes and micro-batches, if it has come with the gradients."""
+        return None
+
+
+class Overlap(Passes):
     """The ordinary passes of a level, whose gradients DDP averages in buckets as they come.
 
     DDP sees the level's own parameters alone, so that modules shared or read stay out of it, and
@@ -39,11 +66,13 @@ class Overlap:
         processes: SeveralProcesses,
         given: DistributedDataParallelKwargs | None,
     ) -> None:
+        super().__init__(level)
         self._processes = processes
-        self._passes = _Passes(level)
+        self._module = _OfOwnParameters(level)
+        self._inputs = list(self._module.parameters())
         options = {} if given is None else given.to_kwargs()
         self._ddp = DistributedDataParallel(
-            self._passes,
+            self._module,
             init_sync=False,
             find_unused_parameters=True,
             **{name: value for name, value in options.items() if name not in _OWN},
@@ -54,18 +83,13 @@ class Overlap:
         # not a method of this object: no cycle that leads through C++ is ever collected
         self._ddp.register_comm_hook(None, lambda _, bucket: reduction.begin(bucket))
 
-    @property
-    def inputs(self) -> list[nn.Parameter]:
-        """What backward passes are to find the gradients of."""
-        return list(self._passes.parameters())
-
     def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The loss and its metrics, as of :meth:`StatelessLoss.call`."""
+        """The loss and its metrics."""
         loss: Tensor = self._ddp(items)
-        return loss, self._passes.metrics
+        return loss, self._module.metrics
 
-    def kept_local(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Where gradients are summed up; those of the last micro-batch end it."""
+    def kept_local(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Nothing is averaged before the last micro-batch."""
         return nullcontext() if is_last else self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
@@ -77,7 +101,7 @@ class Overlap:
         reduction = self._reduction
         reduction.is_over = False
         try:
-            torch.autograd.backward(loss, inputs=self.inputs)
+            torch.autograd.backward(loss, inputs=self._inputs)
         except RuntimeError as error:
             if reduction.is_over:  # a collective of DDP's own, behind the buckets
                 raise self._processes.why_lost(error) from error
@@ -88,8 +112,8 @@ class Overlap:
             self._processes.await_device()
 
     def take_loss(self) -> float:
-        """The mean over processes and micro-batches, which has come with the gradients."""
-        tally = self._passes.tally
+        """The mean, which the gradient of the tally holds."""
+        tally = self._module.tally
         grad, tally.grad = tally.grad, None
         if grad is None:
             raise RuntimeError("no gradients have been averaged")
@@ -148,22 +172,8 @@ class _Reduction:
         self.is_over = True
 
 
-def overlap_of(
-    level: BuiltLevel, processes: Processes, given: DistributedDataParallelKwargs | None
-) -> Overlap | None:
-    """DDP for a level that has its first gradients; None where it cannot serve.
-
-    That is in one process, and if a process has gradients that are sparse or sharded.
-    """
-    if not isinstance(processes, SeveralProcesses):
-        return None
-    found = [p.grad for p in level.parameters.values() if p.grad is not None]
-    is_odd = any(type(grad) is not Tensor or grad.is_sparse for grad in found)
-    return None if processes.first_with(is_odd) is not None else Overlap(level, processes, given)
-
-
-class _Passes(nn.Module):
-    """A level's loss as a module of its own parameters, and of a tally at zero.
+class _OfOwnParameters(nn.Module):
+    """A level's loss as a module of the level's own parameters, and of a tally at zero.
 
     The tally's gradient is the loss and one: so their mean comes with the last bucket, and every
     process has some gradient to begin with, whatever its loss touches.
@@ -174,7 +184,8 @@ class _Passes(nn.Module):
         self._call = level.loss.call
         self.owned = nn.ParameterList(level.parameters.values())
         some = next(iter(self.owned))
-        self.tally = nn.Parameter(some.new_zeros(2))
+        dtype = torch.promote_types(some.dtype, torch.float32)
+        self.tally = nn.Parameter(some.new_zeros(2, dtype=dtype))
         # torch says in each process that there was no need to look, where all are touched
         self.untouched = nn.Parameter(some.new_zeros(1))
         self.metrics: dict[str, Any] = {}
@@ -183,3 +194,18 @@ class _Passes(nn.Module):
         loss, self.metrics = self._call(items)
         known = loss.detach()
         return loss + (self.tally * torch.stack([known, torch.ones_like(known)])).sum()
+
+
+def passes_of(
+    level: BuiltLevel, processes: Processes, given: DistributedDataParallelKwargs | None
+) -> Passes:
+    """The passes of a level that has its first gradients: DDP's where it serves.
+
+    That is in several processes, unless one has gradients that are sparse or sharded.
+    """
+    if not isinstance(processes, SeveralProcesses):
+        return Passes(level)
+    found = [p.grad for p in level.parameters.values() if p.grad is not None]
+    is_odd = any(type(grad) is not Tensor or grad.is_sparse for grad in found)
+    is_refused = processes.first_with(is_odd) is not None
+    return Passes(level) if is_refused else Overlap(level, processes, given)

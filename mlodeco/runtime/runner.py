@@ -46,7 +46,7 @@ from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
-from mlodeco.runtime.overlap import overlap_of
+from mlodeco.runtime.overlap import passes_of
 from mlodeco.runtime.processes import (
     REDUCTIONS,
     Processes,
@@ -187,9 +187,9 @@ class Runner:
         validations = [Validation(d, self.built, place, processes) for d in registry.validations]
         levels = self.built.levels
         share = partial(shard, processes=processes, tails=self._tails)
-        overlap = partial(overlap_of, processes=processes, given=self._accelerator.ddp_handler)
+        passes = partial(passes_of, processes=processes, given=self._accelerator.ddp_handler)
         self._trainers = {
-            n: Trainer(self.built, level, place, processes, share, overlap)
+            n: Trainer(self.built, level, place, processes, share, passes)
             for n, level in levels.items()
         }
         for trainer in self._trainers.values():

@@ -37,7 +37,7 @@ from mlodeco.runtime.optimizers import (
     read_state,
     read_step,
 )
-from mlodeco.runtime.overlap import Overlap
+from mlodeco.runtime.overlap import Passes
 from mlodeco.runtime.processes import Processes
 from mlodeco.tree import Tree, dot, norm
 
@@ -61,7 +61,7 @@ class Trainer:
         place: moves batches to the device of the run.
         processes: those of the run.
         share: makes of a source of batches the part that this process sees.
-        make_overlap: DDP for the ordinary passes of a level that has gradients, where it serves.
+        choose_passes: those of the steps of a level that has its first gradients.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Trainer:
         place: Placer,
         processes: Processes,
         share: Share,
-        make_overlap: Callable[[BuiltLevel], Overlap | None],
+        choose_passes: Callable[[BuiltLevel], Passes],
     ) -> None:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
@@ -82,9 +82,8 @@ class Trainer:
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
         self._processes = processes
         self._feed = Feed(level.declaration, share)
-        self._make_overlap = make_overlap
-        self._overlap: Overlap | None = None
-        self._has_looked = False
+        self._choose_passes = choose_passes
+        self._passes: Passes | None = None
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
@@ -159,33 +158,20 @@ class Trainer:
         """
         for parameter in self.level.parameters.values():
             parameter.grad = None
-        if self._overlap is not None:
-            return self._backward_overlapped(self._overlap, batches, ctx)
-        parameters = list(self.level.parameters.values())
+        passes = self._passes or Passes(self.level)
         share = 1.0 / len(batches)
         total = 0.0
         metrics: dict[str, Any] = {}
-        for batch in batches:
-            loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
-            total += share * require_finite(loss, self.level.name, self.level.site)
-            torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
-        if not self._has_looked:
-            self._overlap = self._make_overlap(self.level)
-            self._has_looked = True
-        return self.average(Gradients(total, metrics))
-
-    def _backward_overlapped(
-        self, overlap: Overlap, batches: tuple[Drawn, ...], ctx: Context
-    ) -> Gradients:
-        """The same while they are averaged."""
-        share = 1.0 / len(batches)
-        metrics: dict[str, Any] = {}
         for number, batch in enumerate(batches, 1):
-            with overlap.kept_local(is_last=number == len(batches)):
-                loss, metrics = overlap.call(items_for(self.level, batch, ctx))
-                require_finite(loss, self.level.name, self.level.site)
-                overlap.backward(loss * share)
-        return Gradients(overlap.take_loss(), metrics)
+            with passes.kept_local(is_last=number == len(batches)):
+                loss, metrics = passes.call(items_for(self.level, batch, ctx))
+                total += share * require_finite(loss, self.level.name, self.level.site)
+                passes.backward(loss if share == 1.0 else loss * share)
+        self._passes = self._passes or self._choose_passes(self.level)
+        averaged = passes.take_loss()
+        if averaged is not None:
+            return Gradients(averaged, metrics)
+        return self.average(Gradients(total, metrics))
 
     def differentiate(self, point: Point) -> Gradients:
         """The same at a point, for a level that sees replicas."""
