@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -173,7 +173,14 @@ def _print_graph(view: GraphView, form: str) -> None:
     if form == "text" and console.is_terminal:
         console.print(view)
     else:
-        print({"text": str, "mermaid": GraphView.to_mermaid, "dot": GraphView.to_dot}[form](view))
+        print(_PICTURES[form](view))
+
+
+_PICTURES: Final[Mapping[str, Callable[[GraphView], str]]] = {
+    "text": str,
+    "mermaid": GraphView.to_mermaid,
+    "dot": GraphView.to_dot,
+}
 
 
 def _refuse_second_training(script: Path, asked: bool) -> None:
