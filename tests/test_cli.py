@@ -545,16 +545,6 @@ here = pathlib.Path(__file__).parent
 """
 )
 RUN_OPTIONS = ("--steps", "2", "--set", "weights.inner_steps=1", "--progress", "plain")
-    "--steps",
-    "2",
-    "--set",
-    "weights.inner_steps=1",
-    "--progress",
-    "plain",
-    "--",
-    "--epochs",
-    "3",
-)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
@@ -573,8 +563,9 @@ def test_launchers_run_the_module(launcher, tmp_path, session):
         ],
     }[launcher]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    arguments = ("run", str(script), *RUN_OPTIONS, "--", "--epochs", "3")
     done = subprocess.run(
-        [sys.executable, "-m", *start, "-m", "mlodeco", "run", str(script), *RUN_OPTIONS, "--", "--epochs", "3"],
+        [sys.executable, "-m", *start, "-m", "mlodeco", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
