@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import mlodeco
 from mlodeco import MlodecoError, Program
 from mlodeco.cli import app
 from mlodeco.cli.settings import apply_settings, read_setting
+from mlodeco.declare.registry import LEVEL_OPTIONS
 from mlodeco.hypergrad import CG, NAMES, Guide, Neumann, read_method, spell
 from mlodeco.hypergrad.options import Options
 
@@ -277,6 +279,17 @@ def test_a_script_must_be_there():
     assert CliRunner().invoke(app, ["run", "no_such_file.py"]).exit_code == 2
 
 
+def test_the_page_of_the_command_line_is_that_of_its_script(session):
+    """Its script runs, and every command in it."""
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    script = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL).group(1)
+    commands = re.findall(r"^mlodeco (\w+) script.py ?(.*)$", text, re.MULTILINE)
+    assert len(commands) == 7
+    for command, options in commands:
+        found = session(command, script, *shlex.split(options))
+        assert found.exit_code == 0, found.output
+
+
 @pytest.mark.parametrize("options", [["--help"], ["-h"], ["run", "--help"], ["--version"]])
 def test_help_and_version(options):
     found = CliRunner().invoke(app, options)
@@ -470,6 +483,10 @@ def test_names_of_methods_take_options(name):
 GRAMMAR = st.text("cgneumann(){}[]=,:'\"*-+.0123456789 \\\n\t_x\x00", max_size=40)
 
 
+def settings_of(option):
+    return (GRAMMAR | st.text()).map(f"low.{option}={{}}".format)
+
+
 @given(st.text(max_size=30) | GRAMMAR | GRAMMAR.map("neumann(num_terms={})".format))
 def test_any_other_text_is_refused(text):
     try:
@@ -478,6 +495,16 @@ def test_any_other_text_is_refused(text):
         return
     known = found.values() if isinstance(found, dict) else [found]
     assert all(one is None or isinstance(one, str | dict | Options) for one in known)
+
+
+@given(st.text(max_size=30) | st.sampled_from(LEVEL_OPTIONS).flatmap(settings_of))
+def test_any_text_is_a_setting_or_refused(text):
+    try:
+        found = read_setting(text)
+    except MlodecoError:
+        return
+    assert found.text == text
+    assert found.level
 
 
 @pytest.mark.parametrize(
