@@ -121,7 +121,7 @@ update = _of_current(Program.update)
 
 
 Takeover = Callable[[Callable[..., Result], dict[str, Any]], Result]
-"""Is given ``run`` and the arguments of a call by name, and acts in place of the call."""
+"""Is given ``run`` and the arguments of a call by name, ``program`` always among them."""
 
 _takeovers: Final[list[Takeover]] = []
 
@@ -143,8 +143,9 @@ def _yielding(function: Callable[P, Result]) -> Callable[P, Result]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         if not _takeovers:
             return function(*args, **kwargs)
-        given = inspect.signature(function).bind_partial(*args, **kwargs)
-        return _takeovers.pop()(function, given.arguments)
+        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+        given["program"] = _known(given.get("program"))
+        return _takeovers.pop()(function, given)
 
     return call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -233,6 +235,13 @@ def test_errors_of_the_program_are_told_by_their_message(session):
     assert "cli" in found.stderr
 
 
+def test_what_is_no_program_is_refused_as_ever(session):
+    for command in ("run", "graph", "check"):
+        found = session(command, HEAD + "run(1, program=3)", "--set", "weights.inner_steps=1")
+        assert found.exit_code == 1
+        assert found.stderr.startswith("error: program=3 is not a Program.")
+
+
 def test_errors_of_the_script_have_its_traceback(session):
     found = session("run", HEAD + "def f():\n    return {}['key']\nf()")
     assert found.exit_code == 1
@@ -288,6 +297,12 @@ def test_the_page_of_the_command_line_is_that_of_its_script(session):
     for command, options in commands:
         found = session(command, script, *shlex.split(options))
         assert found.exit_code == 0, found.output
+
+
+def test_the_command_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["mlodeco"].partition(":")
+    assert getattr(importlib.import_module(module), function) is mlodeco.cli.main
 
 
 @pytest.mark.parametrize("options", [["--help"], ["-h"], ["run", "--help"], ["--version"]])
@@ -351,6 +366,33 @@ def test_settings_declare_a_level_again(text, value):
         assert new.site == old.site
         others = vars(new).keys() - ({option} if name == level else set())
         assert {k: vars(new)[k] for k in others} == {k: vars(old)[k] for k in others}
+
+
+def test_the_other_options_of_a_level_stay():
+    program = declared()
+    program.level(
+        "inner",
+        module=torch.nn.Linear(2, 1),
+        reads={"start": "up"},
+        params=["weight"],
+        optimizer=partial(SGD, lr=0.1),
+        data={"x": [1]},
+        accumulate=2,
+        replicas=3,
+        tune={"lr": lambda up: up.x},
+    )(lambda m, x, start: m.weight.sum())
+    old = program.levels["inner"]
+    changed(program, "inner.warmup=4")
+    assert vars(program.levels["inner"]) == {**vars(old), "warmup": 4}
+
+
+def test_settings_of_a_level_are_made_together():
+    program = changed(declared(rollback=True), "low.init_from=up", "low.rollback=False")
+    assert program.levels["low"].init_from == "up"
+    program = changed(declared(), "low.optimizer.lr=0.5", "low.optimizer.momentum=0.9")
+    mlodeco.run(1, program=program, progress="off")
+    (group,) = program.built.levels["low"].optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (0.5, 0.9)
 
 
 def test_settings_are_those_of_the_run():

@@ -11,12 +11,11 @@ import typer
 from rich.console import Console
 
 import mlodeco
-from mlodeco.api import current_program
 from mlodeco.cli.outcome import outcome
 from mlodeco.cli.script import Shown, execute
 from mlodeco.cli.settings import Setting, read_setting
 from mlodeco.errors import MlodecoError, RunError
-from mlodeco.runtime import seed_all
+from mlodeco.runtime import build, seed_all
 from mlodeco.runtime.launch import launched_rank
 from mlodeco.show import Form, GraphView, method_table
 
@@ -97,8 +96,8 @@ def run(
 
     def train(run: Callable[..., mlodeco.Result], given: dict[str, Any]) -> mlodeco.Result:
         wanted = {**given, **options}
-        if not given:
-            _refuse_second_training(script, asked=bool(options or settings))
+        if "steps" not in given:
+            _refuse_second_training(script, given["program"], asked=bool(options or settings))
         if "steps" not in wanted:
             raise RunError(
                 f"{script.name} does not say how many steps to run.",
@@ -122,7 +121,7 @@ def graph(
     """Show the dataflow graph of a script's program, and do not train it."""
 
     def draw(run: object, given: dict[str, Any]) -> NoReturn:
-        view = _program_of(given).graph()
+        view = given["program"].graph()
         if launched_rank() == 0:
             _print_graph(view, form)
         raise Shown
@@ -183,9 +182,9 @@ _PICTURES: Final[Mapping[str, Callable[[GraphView], str]]] = {
 }
 
 
-def _refuse_second_training(script: Path, asked: bool) -> None:
+def _refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bool) -> None:
     """Ends a script that has stepped a Runner of its own, of which a command knows nothing."""
-    built = current_program().built
+    built = program.built
     if built is None or not built.tick:
         return
     if asked:
@@ -199,10 +198,15 @@ def _refuse_second_training(script: Path, asked: bool) -> None:
 def _compare(
     given: dict[str, Any], levels: Sequence[str], *, seed: int | None, nested: bool
 ) -> None:
-    program = _program_of(given)
+    program = given["program"]
     if seed is not None:
         seed_all(seed)
-    found = levels or [name for name in program.levels if program.graph().paths(name)]
+    built = build(program)
+    found = levels or [
+        name
+        for name in built.levels
+        if built.plan(name).visits or (nested and built.needs_nesting(name))
+    ]
     if not found:
         raise RunError(
             "no level has a path through lower levels: every hypergradient is the direct gradient.",
@@ -216,11 +220,6 @@ def _options_of_run(context: typer.Context) -> dict[str, Any]:
     """What the command line gives of the arguments of ``mlodeco.run``."""
     known = inspect.signature(mlodeco.run).parameters
     return {k: v for k, v in context.params.items() if k in known and v is not None}
-
-
-def _program_of(given: dict[str, Any]) -> mlodeco.Program:
-    program: mlodeco.Program | None = given.get("program")
-    return current_program() if program is None else program
 
 
 def _execute(

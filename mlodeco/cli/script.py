@@ -40,8 +40,7 @@ def execute(
 
     def take_over(run: Callable[..., mlodeco.Result], given: dict[str, Any]) -> mlodeco.Result:
         calls.append(given)
-        program = given.get("program")
-        apply_settings(settings, current_program() if program is None else program)
+        apply_settings(settings, given["program"])
         return act(run, given)
 
     with _main_module(script, arguments) as main, first_run_to(take_over):
@@ -59,8 +58,7 @@ def _compiled(script: Path) -> CodeType:
 
 
 def _require_program(script: Path) -> None:
-    program = current_program()
-    if not program.levels:
+    if not current_program().levels:
         raise RunError(
             f"{script.name} neither calls mlodeco.run() nor declares levels.",
             expected="@level('name', module=..., ...) above a loss function, in the default "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mlodeco.declare.records import LevelDeclaration
 from mlodeco.declare.registry import LEVEL_OPTIONS, Registry
 from mlodeco.errors import MlodecoError, RunError, did_you_mean, quoted
 from mlodeco.hypergrad import UNREADABLE, read_method
@@ -76,28 +77,35 @@ def read_setting(text: str) -> Setting:
     return Setting(text, owner, option, found, of_optimizer=False)
 
 
-def apply_settings(settings: Iterable[Setting], program: Registry) -> None:
-    """Declares the levels of a program again with these options.
+def apply_settings(settings: Sequence[Setting], program: Registry) -> None:
+    """Declares the levels of a program again with these options, those of a level together.
 
     Raises:
         MlodecoError: there is no such level, or the value cannot be right.
     """
     for setting in settings:
-        level, option, value = setting.level, setting.option, setting.value
-        if level not in program.levels:
+        if setting.level not in program.levels:
             raise RunError(
-                f"--set {setting.text}: there is no level {level!r}.",
+                f"--set {setting.text}: there is no level {setting.level!r}.",
                 expected=f"one of {quoted(program.levels)}.",
-                remedy=f"correct the name.{did_you_mean(level, program.levels)}",
+                remedy=f"correct the name.{did_you_mean(setting.level, program.levels)}",
             )
+    for level in dict.fromkeys(setting.level for setting in settings):
+        made = [setting for setting in settings if setting.level == level]
         try:
-            if setting.of_optimizer:
-                declaration = program.levels[level]
-                option, value = "optimizer", with_options(declaration, {option: value})
-            amend(program, level, {option: value})
+            amend(program, level, _options(made, program.levels[level]))
         except MlodecoError as error:
-            error.add_note(f"  Set by: --set {setting.text}")
+            error.add_note(f"  Set by: {', '.join(f'--set {one.text}' for one in made)}")
             raise
+
+
+def _options(settings: Sequence[Setting], declaration: LevelDeclaration) -> dict[str, Any]:
+    """The options of one level; those of its optimizer are one option."""
+    options = {one.option: one.value for one in settings if not one.of_optimizer}
+    inner = {one.option: one.value for one in settings if one.of_optimizer}
+    if inner:
+        options["optimizer"] = with_options(declaration, inner)
+    return options
 
 
 def _literal(text: str) -> Any:

@@ -49,7 +49,7 @@ class CG(Krylov):
 
     guide = Guide(
         solves="H v = b, to rtol",
-        cost="1 Hessian product a step and 1 cross",
+        cost="1 Hessian product a step and 1 cross product",
         when="H symmetric, of positive curvature: near a minimum, or with damping",
     )
 

@@ -37,7 +37,7 @@ class Converged(Implicit):
 
     guide = Guide(
         solves="H v = b, to rounding, by dense, gmres or minres",
-        cost="up to 1500 Hessian products and 1 cross",
+        cost="up to 1500 Hessian products and 1 cross product",
         when="to compare others with",
     )
 

@@ -34,7 +34,7 @@ class Dense(Implicit):
 
     guide = Guide(
         solves="H v = b, as a matrix",
-        cost="d Hessian products and 1 cross; d^2 numbers",
+        cost="d Hessian products and 1 cross product; d^2 numbers",
         when="levels of a few thousand parameters at most",
     )
 

@@ -42,7 +42,7 @@ class GMRES(Krylov):
 
     guide = Guide(
         solves="J^T v = b, smallest residual",
-        cost="1 product a step and 1 cross; restart vectors",
+        cost="1 product a step and 1 cross product; restart vectors",
         when="J not symmetric: custom backward passes",
     )
 

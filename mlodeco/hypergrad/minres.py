@@ -37,7 +37,7 @@ class MINRES(Krylov):
 
     guide = Guide(
         solves="H v = b, smallest residual",
-        cost="1 Hessian product a step and 1 cross",
+        cost="1 Hessian product a step and 1 cross product",
         when="H symmetric with curvature of both signs: networks",
     )
 

@@ -60,7 +60,7 @@ class Neumann(Implicit):
 
     guide = Guide(
         solves="a sum of num_terms powers of (I - a H)",
-        cost='num_terms - 1 Hessian products and 1 cross; "auto" a few more',
+        cost='num_terms - 1 Hessian products and 1 cross product; "auto" a few more',
         when="the default: any H of positive curvature, few products",
     )
 

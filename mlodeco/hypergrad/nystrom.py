@@ -41,7 +41,7 @@ class Nystrom(Implicit):
 
     guide = Guide(
         solves="(H_r + damping I) v = b, H_r of rank rank",
-        cost="rank Hessian products and 1 cross",
+        cost="rank Hessian products and 1 cross product",
         when="few large curvatures; nothing may diverge",
     )
 

@@ -50,7 +50,7 @@ class UnrollForward(Options):
 
     guide = Guide(
         solves="the derivative of the inner loop, forwards",
-        cost="a forward pass a step and hyperparameter",
+        cost="a forward-mode pass for each step and hyperparameter",
         when="a handful of hyperparameters, long inner loops",
     )
 
