@@ -15,6 +15,8 @@ from tests.benchmarks.gpu_models import MODELS
 from tests.benchmarks.gpu_side import METHODS, Cell, Measured, Way
 from tests.benchmarks.sides import LIBRARY, LOOP
 
+AMPLIFIED = 3e-3
+"""How far sides may be apart in float32: Adam's step is steep where a gradient is small."""
 WAY = Way("cpu", tiny=True, warmup=0, steps=2)
 CELL = Cell("transformer110m", "sama", "fp32", LOOP)
 
@@ -34,7 +36,7 @@ def run(side, model, method, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, AMPLIFIED)], ids=str
 )
 @pytest.mark.parametrize(("model", "method"), list(product(MODELS, METHODS)))
 def test_both_sides_take_the_same_steps(model, method, dtype, tolerance):
@@ -61,7 +63,7 @@ def test_the_command_writes_every_cell(tmp_path, capsys):
     for row in figures["rows"]:
         low, middle, high = row["milliseconds"]
         assert 0.0 < low <= middle <= high
-        assert row["error"] < 1e-4
+        assert row["error"] < AMPLIFIED
         assert row["time"] > 0.0 if row["side"] == LIBRARY else row["time"] == 1.0
         assert row["note"] == ""
     assert figures["way"] == {"device": "cpu", "tiny": True, "warmup": 0, "steps": 2}

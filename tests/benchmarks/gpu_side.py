@@ -135,21 +135,16 @@ def _times(side: Side, steps: int, synchronize: Callable[[], object]) -> tuple[f
 
 
 def make_side(cell: Cell, case: Case) -> Side:
-    """A side that is ready for its first tick, on the device of the case.
-
-    Attention has second derivatives by the MATH backend alone.
-    """
+    """A side that is ready for its first tick, on the device of the case."""
     method = METHODS[cell.method]
     if cell.side == LIBRARY:
         return Library(case, method.library(case), **PRECISIONS[cell.precision])
     if cell.precision == "bf16":
         case = _autocast(case)
-    is_first_order = cell.method == "finite_difference"
     if cell.side == LOOP:
-        tail = method.tail if is_first_order else _with_second_derivatives(method.tail)
-        return loop.Loop(case, tail, late=True)
+        return _Loop(case, method.tail, late=True)
     side = Betty(case, cell.method)
-    return side if is_first_order else _InMath(side)
+    return side if cell.method == "finite_difference" else _InMath(side)
 
 
 def _autocast(case: Case) -> Case:
@@ -165,12 +160,16 @@ def _autocast(case: Case) -> Case:
     return replace(case, lower_loss=cast(case.lower_loss), upper_loss=cast(case.upper_loss))
 
 
-def _with_second_derivatives(tail: loop.Tail) -> loop.Tail:
-    def respond(looped: loop.Loop, b: loop.Tensors) -> loop.Tensors:
-        with sdpa_kernel(SDPBackend.MATH):
-            return tail(looped, b)
+class _Loop(loop.Loop):
+    """The MATH backend where second derivatives are taken, and nowhere else."""
 
-    return respond
+    def gradient_graph(self) -> loop.Tensors:
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().gradient_graph()
+
+    def cross_by_duals(self, v: loop.Tensors) -> loop.Tensors:
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().cross_by_duals(v)
 
 
 class _InMath:
