@@ -187,7 +187,11 @@ def _show(rows: Sequence[Row], console: Console) -> None:
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     has_cuda = torch.cuda.is_available()
     for name, known in {
         "models": MODELS,
@@ -196,7 +200,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "sides": SIDES,
     }.items():
         parser.add_argument(f"--{name}", nargs="+", choices=list(known), default=list(known))
-    parser.add_argument("--out", type=Path, default=Path("gpu-figures"), help="a folder")
+    parser.add_argument("--out", type=Path, default=Path("gpu-figures"), metavar="DIR")
     parser.add_argument("--tiny", action="store_true", help="small models: whether it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--warmup", type=int, default=3, help="steps before (default: 3)")
