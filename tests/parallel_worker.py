@@ -517,6 +517,7 @@ def samples():
         ),
         "drop_last": DataLoader(numbers, batch_size=4, drop_last=True),
         "single": DataLoader(dataset, batch_size=None),
+        "single, odd": DataLoader(torch.utils.data.StackDataset(torch.arange(3)), batch_size=None),
         "stream": DataLoader(Numbers(), batch_size=4),
         "list": [torch.arange(22)],
         "distributed": DataLoader(
@@ -531,7 +532,7 @@ def samples():
     return found | {f"{name}, padded": _seen(kinds[name], tails="pad") for name in PADDED}
 
 
-PADDED = ("in order", "shuffled", "drop_last", "single", "stream")
+PADDED = ("in order", "shuffled", "drop_last", "single, odd", "stream")
 """The data of which the ends are padded as well."""
 
 

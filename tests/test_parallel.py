@@ -28,7 +28,6 @@ from tests.parallel_worker import (
     CASES,
     EXPLICIT,
     FAILURES,
-    PADDED,
     bilevel,
     free_port,
     place,
@@ -169,20 +168,27 @@ def test_processes_see_together_what_one_sees(kind, healthy):
         assert first["ends"] == second["ends"] == [2, 4]
 
 
-@pytest.mark.parametrize("kind", PADDED)
-def test_what_is_left_of_a_pass_is_padded_where_asked_for(kind, healthy):
+def padded(kind, healthy):
+    """What both processes see together, and when passes end, with the tails padded."""
     first, second = (found["samples"][f"{kind}, padded"] for found in healthy[0])
-    seen = [a + b for a, b in zip(first["seen"], second["seen"], strict=True)]
-    size, batches = {"single": (2, 4), "drop_last": (8, 3)}.get(kind, (8, 3))
-    assert {len(batch) for batch in seen} == {size}
-    if kind == "single":
-        return
-    one_pass = [number for batch in seen[:batches] for number in batch]
-    assert set(one_pass) == set(range(20 if kind == "drop_last" else 22)) or kind == "shuffled"
-    assert len(set(one_pass)) == 22 - 2 * (kind == "drop_last")
-    assert one_pass[-2:] == one_pass[:2] or kind == "drop_last"
-    if kind != "stream":
-        assert first["ends"] == second["ends"] == [3]
+    assert first["ends"] == second["ends"]
+    return [a + b for a, b in zip(first["seen"], second["seen"], strict=True)], first["ends"]
+
+
+@pytest.mark.parametrize("kind", ["in order", "shuffled", "stream"])
+def test_what_is_left_of_a_pass_is_padded_where_asked_for(kind, healthy):
+    seen, ends = padded(kind, healthy)
+    one_pass = [number for batch in seen[:3] for number in batch]
+    assert {len(batch) for batch in seen} == {8}
+    assert set(one_pass) == set(range(22))
+    assert one_pass[22:] == one_pass[:2]
+    assert ends == ([4] if kind == "stream" else [3])  # without a length an end shows later
+
+
+def test_missing_batches_are_padded_whole(healthy):
+    seen, _ = padded("drop_last", healthy)
+    assert seen[2] == [16, 17, 18, 19, 0, 1, 2, 3]
+    assert padded("single, odd", healthy)[0] == [[0, 1], [2, 0], [0, 1], [2, 0], [0, 1]]
 
 
 class Words(IterableDataset):

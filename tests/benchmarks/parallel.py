@@ -28,7 +28,7 @@ from torch.optim import SGD
 from mlodeco import Program, Runner
 from mlodeco.runtime.overlap import Passes
 from tests.benchmarks.timing import Times
-from tests.benchmarks.workloads import resnet20
+from tests.benchmarks.workloads import residual
 
 ROUNDS, TICKS = 9, 6
 
@@ -47,7 +47,7 @@ def wide() -> nn.Module:
 
 
 WORKLOADS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet20": (resnet20, 32),
+    "resnet20": (partial(residual, blocks=3, width=8), 32),
     "small": (small, 32),
     "wide": (wide, 32),
 }
