@@ -1,8 +1,9 @@
-"""The exact products as whole compiled functions: (values, batch, direction) -> products.
+"""The exact products by whole compiled functions.
 
-A compiled function has no second derivative, so both derivatives are taken inside of what is
-compiled: ``vjp(grad(C))``, whose value the compiler drops, with all that the wanted parameters
-do not touch. No graph is kept between products; each one begins with the loss.
+A compiled function can be differentiated once, and so one derivative at least is taken inside of
+what is compiled. For products in many directions that is the gradient, as a function of w and
+lambda; its vjp is compiled with it, and what that needs is kept. A cross product alone is one
+function of the direction too: of it the compiler drops all that lambda does not touch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mlodeco.calculus.point import LowerProblem, Point
 from mlodeco.calculus.products.automatic import is_out_of_memory
 from mlodeco.calculus.products.first_order import first_gradient
 from mlodeco.calculus.products.protocol import Cross
+from mlodeco.calculus.products.reverse import Reverse
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import StatelessLoss, frozen
 from mlodeco.errors import FallbackWarning
@@ -36,110 +38,116 @@ _OPTIONS = {"fallback_random": True, "emulate_precision_casts": True}
 
 _HALF = (torch.float16, torch.bfloat16)
 
+T = TypeVar("T")
 
-class _Pull(Protocol):
-    def __call__(
-        self, wanted: Cross, held: Cross, rest: State, items: Mapping[str, Any], v: Tree
-    ) -> Cross:
-        """``(dg/dwanted)^T v`` for one micro-batch.
-
-        Args:
-            wanted: for each level whose products are wanted, its parameters.
-            held: those of the other levels.
-            rest: tensors for the slots that belong to none of these levels.
-            items: the arguments of the level's function that are not modules.
-            v: the direction, with all the level's own parameters.
-        """
+Numbers = tuple[int, ...]
+"""By their numbers the graphs that ran, one a micro-batch."""
 
 
 class Compiler:
     """The compiled functions of one level, for all hypergradients of a run.
 
-    Each graph that is compiled gives its first products beside those it stands for. If it cannot
-    be compiled whole or these differ, a warning says so once and the level is not compiled.
+    What a graph gives first is compared with what it stands for. Where a loss cannot be compiled
+    whole or these differ, a warning says so once, and the level is not compiled.
 
     Args:
         backend: the name of one of ``torch.compile``.
 
     Attributes:
         graphs: how many graphs were compiled.
+        latest: the number of the one that ran last.
+        touched: for graphs that ran, the own parameters that the loss depends on.
         refusal: why the level is not compiled; None as long as it is.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
         self._backend = backend
-        self._functions: dict[Any, _Pull] = {}
-        self._checked = 0
+        self._functions: dict[Any, Callable[..., Any]] = {}
+        self._compared: set[tuple[str, Numbers]] = set()
         self.graphs = 0
+        self.latest = 0
+        self.touched: dict[Numbers, tuple[str, ...]] = {}
         self.refusal: str | None = None
 
-    def function(self, point: Point, wanted: tuple[str, ...]) -> _Pull:
-        """The products of the loss of ``point`` in the levels wanted, compiled at its first call.
+    def function(
+        self, make: Callable[[Point], Callable[..., Any]], point: Point, wanted: tuple[str, ...]
+    ) -> Callable[..., Any]:
+        """What ``make`` makes for the levels wanted, compiled at its first call.
 
         A part of a batch has a function of its own: one of both would take its size as a variable.
         """
-        key = wanted, point.fraction
+        key = make, wanted, point.fraction
         if key not in self._functions:
-            # torch's overloads lack isolate_recompiles: without it levels share one limit
+            # torch's overloads lack isolate_recompiles, without which levels share one limit
             self._functions[key] = torch.compile(  # type: ignore[call-overload]
-                _pull_of(point), fullgraph=True, backend=self._compile, isolate_recompiles=True
+                make(point), fullgraph=True, backend=self._compile, isolate_recompiles=True
             )
         return self._functions[key]
 
-    def checked(
-        self, point: Point, compiled: Callable[[], Cross], plain: Callable[[], Cross]
-    ) -> Cross:
-        """The compiled products where they can be had, else the plain ones.
+    def answer(
+        self,
+        kind: str,
+        point: Point,
+        compiled: Callable[[], tuple[Numbers, T]],
+        plain: Callable[[], T],
+        differ: Callable[[T, T], str | None],
+    ) -> T:
+        """What is asked for by compiled graphs where that can be had, else by the plain way.
 
-        A user's own error is raised by the plain ones, as it would be without compiling.
+        A user's own error is raised by the plain way, as it would be without compiling.
+
+        Args:
+            kind: what is asked for.
+            point: the loss.
+            compiled: gives it with the numbers of the graphs that ran.
+            plain: what it stands for.
+            differ: why the one is not the other; None if that cannot be told, empty if it is.
         """
-        refusal = self.refusal or _obstacle(point)
-        found: Cross = {}
-        if refusal is None:
+        reason, key = self.refusal or _obstacle(point), None
+        if reason is None:
             try:
-                found = compiled()
+                numbers, found = compiled()
             except Exception as error:
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     raise
-                refusal = _in_short(error)
-        if refusal is None and self._checked == self.graphs:
-            return found
+                reason = _in_short(error)
+            else:
+                key = kind, numbers
+                if key in self._compared:
+                    return found
         expected = plain()
-        if refusal is None:
-            refusal = self._compare(found, expected)
-        if refusal is not None and self.refusal is None:
-            self._refuse(point.loss, refusal)
+        if key is not None:
+            reason = differ(found, expected)
+            if reason == "":
+                self._compared.add(key)
+        if reason and self.refusal is None:
+            self._refuse(point.loss, reason)
         return expected
 
-    def _compare(self, found: Cross, expected: Cross) -> str | None:
-        """Why the products found are not those expected; zeros and infinities show nothing."""
-        sizes = [norm(tree) for tree in expected.values()]
-        if not any(sizes) or not all(map(isfinite, sizes)):
-            return None
-        for (name, tree), size in zip(expected.items(), sizes, strict=True):
-            error = norm(add(found[name], tree, -1.0))
-            is_half = any(t.dtype in _HALF for t in tree.values())
-            if not error <= (2e-2 if is_half else 1e-5) * size:
-                return f"its products in {name!r} differ by {error / size if size else error:.1e}"
-        self._checked = self.graphs
-        return None
-
-    def _refuse(self, loss: StatelessLoss, refusal: str) -> None:
-        self.refusal = refusal
+    def _refuse(self, loss: StatelessLoss, reason: str) -> None:
+        self.refusal = reason
         self._functions.clear()
         warnings.warn(
-            f"level {loss.level!r} ({loss.site}): its products are not compiled: {refusal}.",
+            f"level {loss.level!r} ({loss.site}): its products are not compiled: {reason}.",
             FallbackWarning,
             stacklevel=2,
         )
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        compiled: Callable[..., Any]
-        if self._backend == "inductor":
-            compiled = torch._inductor.compile(graph, inputs, options=_OPTIONS)
-            return compiled
-        return torch._dynamo.lookup_backend(self._backend)(graph, inputs)
+        number = self.graphs
+        # a donated buffer is used up by the first of several directions
+        with torch._functorch.config.patch(donated_buffer=False):
+            if self._backend == "inductor":
+                compiled = torch._inductor.compile(graph, inputs, options=_OPTIONS)
+            else:
+                compiled = torch._dynamo.lookup_backend(self._backend)(graph, inputs)
+
+        def run(*args: Any) -> Any:
+            self.latest = number
+            return compiled(*args)
+
+        return run
 
 
 class CompiledProducts:
@@ -155,69 +163,158 @@ class CompiledProducts:
         self._problem = problem
         self._compiler = compiler
         self._plain: Any = plain
+        self._graph: _CompiledReverse | None = None
 
     def touched(self) -> tuple[str, ...]:
-        """Found by one gradient: a loss may take another branch than at another point."""
-        return tuple(first_gradient(self._problem))
+        """Known from an earlier run of the same graph, else found by one gradient."""
+        return self._touched(with_targets=False)
 
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
-        """One call of the function for w."""
+        """One vjp of the compiled gradient in w."""
         level = self._problem.level
-        found = self._products((level,), v, lambda: {level: self._plain.hvp(v)})
-        return fill(found[level], v)
+
+        def compiled() -> tuple[Numbers, Cross]:
+            graph = self._opened(with_targets=False)
+            return graph.numbers, {level: graph.hvp(v)}
+
+        return self._products("hvp", compiled, lambda: {level: self._plain.hvp(v)})[level]
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
-        """One call of the function for lambda."""
-        return self._products(self._problem.targets, v, lambda: self._plain.cross(v))
+        """One call of the compiled product; what Hessian products keep is freed first."""
+        self._graph = None
+        if not self._problem.targets:
+            return {}
+        return self._products(
+            "cross",
+            lambda: _cross(self._problem, self._compiler, v),
+            lambda: self._plain.cross(v),
+        )
 
     def gradient(self) -> Tree:
-        """One gradient in w."""
-        return first_gradient(self._problem)
+        """The compiled gradient in w."""
+        level = self._problem.level
+
+        def compiled() -> tuple[Numbers, Cross]:
+            graph = self._opened(with_targets=True)
+            return graph.numbers, {level: graph.gradient()}
+
+        plain: Callable[[], Cross] = lambda: {level: first_gradient(self._problem)}  # noqa: E731
+        found = self._products("gradient", compiled, plain)[level]
+        return {key: found[key] for key in self._touched(with_targets=True)}
 
     def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
-        """One call of the function for both."""
+        """One vjp of the compiled gradient in w and lambda."""
         level = self._problem.level
+
+        def compiled() -> tuple[Numbers, Cross]:
+            graph = self._opened(with_targets=True)
+            numbers = graph.numbers
+            curved, cross = graph.pull_back(v, own=own)
+            return numbers, {**cross, level: curved}
 
         def plain() -> Cross:
             curved, cross = self._plain.pull_back(v, own=own)
-            return {**cross, level: curved} if own else cross
+            return {**cross, level: curved}
 
-        targets = self._problem.targets
-        found = self._products((*targets, level) if own else targets, v, plain)
-        return found.pop(level, {}), found
+        found = self._products(f"pull_back {own}", compiled, plain)
+        return found.pop(level), found
 
     def _products(
-        self, wanted: tuple[str, ...], v: Mapping[str, Tensor], plain: Callable[[], Cross]
+        self, kind: str, compiled: Callable[[], tuple[Numbers, Cross]], plain: Callable[[], Cross]
     ) -> Cross:
-        if not wanted:
-            return {}
-        problem, point = self._problem, self._problem.point
-        share = 1.0 / len(point.batches)
+        return self._compiler.answer(kind, self._problem.point, compiled, plain, _difference)
 
-        def differentiate() -> Cross:
-            function = self._compiler.function(point, wanted)
-            moved = {name: self._values[name] for name in wanted}
-            held = {name: tree for name, tree in self._values.items() if name not in moved}
-            direction = fill(frozen(v), problem.parameters)
-            result: Cross = {name: {} for name in wanted}
-            with _compiling():
-                for number, items in enumerate(point.batches):
-                    point.begin_streams(number)
-                    for name, tree in function(moved, held, self._rest, items, direction).items():
-                        result[name] = add(result[name], tree, share)
-            return result
+    def _touched(self, *, with_targets: bool) -> tuple[str, ...]:
+        known = self._compiler.touched
 
-        return self._compiler.checked(point, lambda: point.loss.within({}, differentiate), plain)
+        def compiled() -> tuple[Numbers, tuple[str, ...]]:
+            numbers = self._opened(with_targets=with_targets).numbers
+            return numbers, known.get(numbers, ())
+
+        def keep(_: tuple[str, ...], expected: tuple[str, ...]) -> str:
+            known[compiled()[0]] = expected
+            return ""
+
+        return self._compiler.answer(
+            "touched",
+            self._problem.point,
+            compiled,
+            lambda: tuple(first_gradient(self._problem)),
+            keep,
+        )
+
+    def _opened(self, *, with_targets: bool) -> _CompiledReverse:
+        if self._graph is None:
+            self._graph = _CompiledReverse(self._problem, self._compiler, with_targets=with_targets)
+        return self._graph
+
+
+class _CompiledReverse(Reverse):
+    """The gradient by a compiled function, whose vjp is compiled too."""
+
+    def __init__(self, problem: LowerProblem, compiler: Compiler, *, with_targets: bool) -> None:
+        super().__init__(problem, with_targets=with_targets)
+        self._compiler = compiler
+        self._ran: Numbers = ()
 
     @cached_property
-    def _values(self) -> Cross:
-        return {name: frozen(tree) for name, tree in self._problem.point.values.items()}
+    def numbers(self) -> Numbers:
+        """Those of the graphs of the gradient."""
+        return self._ran if self._gradients else ()
 
-    @cached_property
-    def _rest(self) -> State:
-        places = _places(self._problem.point)
-        state = self._problem.point.state({})
-        return {key: tensor for key, tensor in state.items() if key not in places}
+    def _build(self) -> list[Tree]:
+        moved = {self._problem.level: self._own, **self._targets}
+        self._ran, found = _run(self._problem, self._compiler, _gradient_of, moved)
+        return found
+
+
+def _cross(
+    problem: LowerProblem, compiler: Compiler, v: Mapping[str, Tensor]
+) -> tuple[Numbers, Cross]:
+    """``(dg/dlambda)^T v``, averaged over micro-batches."""
+    moved = {name: frozen(problem.point.values[name]) for name in problem.targets}
+    direction = fill(frozen(v), problem.parameters)
+    numbers, found = _run(problem, compiler, _pull_of, moved, direction)
+    result: Cross = {name: {} for name in moved}
+    for cross in found:
+        for name, tree in cross.items():
+            result[name] = add(result[name], tree, 1.0 / len(found))
+    return numbers, result
+
+
+def _run(
+    problem: LowerProblem,
+    compiler: Compiler,
+    make: Callable[[Point], Callable[..., Any]],
+    moved: Cross,
+    *more: Tree,
+) -> tuple[Numbers, list[Any]]:
+    """What the function gives for each micro-batch, with the numbers of the graphs that ran.
+
+    Args:
+        problem: the loss and its point.
+        compiler: that of its level.
+        make: makes the function.
+        moved: the trees in which it takes derivatives.
+        more: its further arguments.
+    """
+    point = problem.point
+    function = compiler.function(make, point, tuple(moved))
+    held = {name: frozen(tree) for name, tree in point.values.items() if name not in moved}
+    places = _places(point)
+    rest = {key: tensor for key, tensor in point.state({}).items() if key not in places}
+
+    def run() -> tuple[Numbers, list[Any]]:
+        numbers: list[int] = []
+        found: list[Any] = []
+        with _compiling():
+            for number, items in enumerate(point.batches):
+                point.begin_streams(number)
+                found.append(function(moved, held, rest, items, *more))
+                numbers.append(compiler.latest)
+        return tuple(numbers), found
+
+    return point.loss.within({}, run)
 
 
 @contextmanager
@@ -234,6 +331,41 @@ def _compiling() -> Iterator[None]:
         yield
 
 
+def _gradient_of(point: Point) -> Callable[[Cross, Cross, State, Mapping[str, Any]], Tree]:
+    """The gradient in w, as a function of parameters, the slots of none, and items."""
+    loss = point.loss
+    called, level, places = _Called(loss), loss.level, _places(point)
+    buffers = frozenset(slot.key for slot in loss.buffers)
+
+    def gradient(moved: Cross, held: Cross, rest: State, items: Mapping[str, Any]) -> Tree:
+        values = {**held, **moved}
+
+        def scalar(own: Tree) -> Tensor:
+            trees = {**values, level: own}
+            state = {f"slots.{slot}": trees[name][key] for slot, (name, key) in places.items()}
+            for slot, tensor in rest.items():
+                # a copy inside of the derivatives, which a pass may update
+                state[f"slots.{slot}"] = tensor.clone() if slot in buffers else tensor
+            value: Tensor = functional_call(called, state, (items,), tie_weights=False)
+            return value
+
+        found: Tree = grad(scalar)(values[level])
+        return found
+
+    return gradient
+
+
+def _pull_of(point: Point) -> Callable[[Cross, Cross, State, Mapping[str, Any], Tree], Cross]:
+    """The vjp of that gradient in the trees moved, as a function of the direction too."""
+    gradient = _gradient_of(point)
+
+    def pull(moved: Cross, held: Cross, rest: State, items: Mapping[str, Any], v: Tree) -> Cross:
+        found: Cross = vjp(lambda trees: gradient(trees, held, rest, items), moved)[1](v)[0]
+        return found
+
+    return pull
+
+
 class _Called(nn.Module):
     """A level's loss as a module, with the slots of its own."""
 
@@ -246,33 +378,6 @@ class _Called(nn.Module):
         return self._loss.call(items)[0]
 
 
-def _pull_of(point: Point) -> _Pull:
-    loss = point.loss
-    called, level, places = _Called(loss), loss.level, _places(point)
-    buffers = frozenset(slot.key for slot in loss.buffers)
-
-    def pull(wanted: Cross, held: Cross, rest: State, items: Mapping[str, Any], v: Tree) -> Cross:
-        def slope(wanted: Cross) -> Tree:
-            values = {**held, **wanted}
-
-            def scalar(own: Tree) -> Tensor:
-                trees = {**values, level: own}
-                state = {f"slots.{key}": trees[name][own_] for key, (name, own_) in places.items()}
-                for key, tensor in rest.items():
-                    # a copy inside of the derivatives, which a pass may update
-                    state[f"slots.{key}"] = tensor.clone() if key in buffers else tensor
-                result: Tensor = functional_call(called, state, (items,), tie_weights=False)
-                return result
-
-            gradient: Tree = grad(scalar)(values[level])
-            return gradient
-
-        found: Cross = vjp(slope, wanted)[1](v)[0]
-        return found
-
-    return pull
-
-
 def _places(point: Point) -> dict[str, tuple[str, str]]:
     """For each slot that holds a parameter of a level, the level and its name there."""
     return {
@@ -280,6 +385,19 @@ def _places(point: Point) -> dict[str, tuple[str, str]]:
         for slot in point.loss.slots_of(frozenset(point.values))
         if slot.owner is not None and slot.owner[1] in point.values[slot.owner[0]]
     }
+
+
+def _difference(found: Cross, expected: Cross) -> str | None:
+    """In what the products are not those expected; zeros and infinities tell nothing."""
+    sizes = [norm(tree) for tree in expected.values()]
+    if not any(sizes) or not all(map(isfinite, sizes)):
+        return None
+    for (name, tree), size in zip(expected.items(), sizes, strict=True):
+        error = norm(add(found[name], tree, -1.0))
+        is_half = any(t.dtype in _HALF for t in tree.values())
+        if not error <= (2e-2 if is_half else 1e-5) * size:
+            return f"its products in {name!r} are {error:.1e} off, of {size:.1e}"
+    return ""
 
 
 def _obstacle(point: Point) -> str | None:
@@ -291,7 +409,7 @@ def _obstacle(point: Point) -> str | None:
     for name, value in (pair for items in point.batches for pair in items.items()):
         kind = _foreign(value)
         if kind is not None:
-            return f"{name!r} holds {kind}, which is neither a tensor nor a number"
+            return f"{name!r} is or holds a {kind}, neither a tensor nor a number"
     return None
 
 
