@@ -69,8 +69,8 @@ def resnet() -> Case:
 
 
 def transformer() -> Case:
-    """A layer of a transformer with dropout, and a network that weights samples."""
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+    """A layer of a transformer without dropout, and a network that weights samples."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 32, 10))
     return _case(model, WeightNet(), weighted, 16, 16, 32)
 
@@ -95,14 +95,14 @@ def hypergradients(
     built = build(declare(case, method))
     batches = {"lower": (Drawn(case.lower_batches[0]),), "upper": (Drawn(case.upper_batches[0]),)}
     make_context = partial(muted_context, built)
-    return lambda: compute_hypergradient(
-        built, "upper", batches, make_context, compilers=compilers
-    )
+    return lambda: compute_hypergradient(built, "upper", batches, make_context, compilers=compilers)
 
 
 def main() -> None:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.compiled", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.compiled", description=__doc__
+    )
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=9)
