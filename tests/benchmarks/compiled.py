@@ -112,7 +112,7 @@ def main() -> None:
     table = Table(*heads)
     for name in arguments.cases:
         for method in arguments.methods:
-            torch.manual_seed(0)
+            torch.manual_seed(1)
             case, compiler = CASES[name](), Compiler()
             plain = hypergradients(case, METHODS[method], {})
             compiled = hypergradients(case, METHODS[method], {"lower": compiler})

@@ -149,7 +149,8 @@ class Compiler:
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.graphs += 1
         number = self.graphs
-        with _many_directions():
+        with _many_directions(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates some of what its compiler uses
             if self._backend == "inductor":
                 compiled = torch._inductor.compile(graph, inputs, options=_OPTIONS)
             else:
