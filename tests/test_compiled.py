@@ -123,7 +123,9 @@ def trained(made, compile, steps=4):
     runner = Runner(made, seed=0, compile=compile)
     runner.run(steps)
     levels = runner.built.levels.items()
-    return {f"{n}.{k}": p.detach() for n, level in levels for k, p in level.parameters.items()}, runner
+    return {
+        f"{n}.{k}": p.detach() for n, level in levels for k, p in level.parameters.items()
+    }, runner
 
 
 def compiler_of(runner):
@@ -264,7 +266,9 @@ def test_a_user_s_own_error_is_as_without_and_does_not_end_compiling():
     context, values = muted_context(built, "net"), built.values(built.levels)
     v = {k: torch.ones_like(p) for k, p in built.levels["net"].parameters.items()}
     for size in (8, 5, 8):
-        point = make_point(built, "net", (Drawn(samples(size, 1)),), context, values, (0, "", 0, ""))
+        point = make_point(
+            built, "net", (Drawn(samples(size, 1)),), context, values, (0, "", 0, "")
+        )
         problem = LowerProblem(replace(point, compiler=compiler), "net", ("hyper",))
         if size == 5:
             with pytest.raises(KeyError, match="mine"):

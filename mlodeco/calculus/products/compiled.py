@@ -77,15 +77,16 @@ class Compiler:
     def function(
         self, make: Callable[[Point], Callable[..., Any]], point: Point, wanted: tuple[str, ...]
     ) -> Callable[..., Any]:
-        """What ``make`` makes for the levels wanted, compiled at its first call.
-
-        A part of a batch has a function of its own: one of both would take its size as a variable.
-        """
+        """What ``make`` makes for the levels wanted, compiled at its first call for each size."""
         key = make, wanted, point.fraction
         if key not in self._functions:
             # torch's overloads lack isolate_recompiles, without which levels share one limit
             self._functions[key] = torch.compile(  # type: ignore[call-overload]
-                make(point), fullgraph=True, backend=self._compile, isolate_recompiles=True
+                make(point),
+                fullgraph=True,
+                dynamic=False,
+                backend=self._compile,
+                isolate_recompiles=True,
             )
         return self._functions[key]
 
