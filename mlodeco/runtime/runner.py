@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
 from mlodeco.calculus.mean import Mean
+from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
@@ -23,6 +24,7 @@ from mlodeco.errors import DriftWarning, MlodecoError, MlodecoWarning, RunError,
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
+from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
@@ -121,6 +123,8 @@ class Runner:
         tails: what becomes in several processes of the end of a pass over a DataLoader, where
             there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
             samples from the beginning of the pass.
+        compile: whether the exact products are compiled: True, or the name of a backend of
+            ``torch.compile``. A level for which this cannot be done is named in a warning.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -135,6 +139,7 @@ class Runner:
         nested: bool = False,
         reduce: str = "exact",
         tails: str = "drop",
+        compile: bool | str = False,  # noqa: A002 (as torch names it)
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -148,6 +153,7 @@ class Runner:
         self._tails = tails
         self._reduce = reduce
         self._nested = nested
+        self._backend = backend_of(compile, nested=nested)
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
@@ -196,6 +202,7 @@ class Runner:
         self._sources = Sources(self.built, place)
         self.history = History(self.built.levels, is_validated=bool(validations))
         self._hooks = hooks
+        self._compilers = {n: Compiler(self._backend) for n in levels if self._backend}
         self._recorders = self._make_recorders()
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
@@ -223,6 +230,7 @@ class Runner:
                 values,
                 is_watched=self._hooks.come_between(name),
                 mean=self._exact_mean,
+                compiler=self._compilers.get(name),
             )
         return found
 
@@ -527,6 +535,7 @@ class Runner:
             nested=self._nested,
             tapes=self._tapes(name) if self._recorders else None,
             mean=self._exact_mean,
+            compilers=self._compilers,
         )
         if self._reduce == "once":
             hyper = trainer.average_hypergradient(hyper)
