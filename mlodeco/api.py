@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -128,6 +128,7 @@ def run(
     accelerator: Accelerator | None = None,
     nested: bool = False,
     reduce: str = "exact",
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -147,6 +148,9 @@ def run(
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them, so that it is that of the mean loss; ``"once"`` averages the hypergradients that
             the processes find each on its own data, by one collective.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
+            ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
+            default: that of the Accelerator, or of ``accelerate launch``.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -158,7 +162,12 @@ def run(
     check_steps(steps)
     display = make_display(progress)
     runner = Runner(
-        _known(program), seed=seed, accelerator=accelerator, nested=nested, reduce=reduce
+        _known(program),
+        seed=seed,
+        accelerator=accelerator,
+        nested=nested,
+        reduce=reduce,
+        mixed_precision=mixed_precision,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)

@@ -25,7 +25,7 @@ from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.calculus.tape import Tape
 from mlodeco.errors import MethodError, NonFiniteError
 from mlodeco.graph import SweepPlan
-from mlodeco.tree import Tree, add, norm, scale
+from mlodeco.tree import Tree, add, match, norm, widen
 
 Memories = Mapping[tuple[str, int], Memory]
 """What the methods of one top level's sweep keep: by level and number of its solve."""
@@ -61,6 +61,12 @@ class Hypergradient:
     solves: tuple[Solve, ...]
     state: State
     memories: Memories
+
+    @staticmethod
+    def lost(like: Tree) -> Hypergradient:
+        """What is left where numbers overflowed: none of the gradient of these parameters."""
+        gradient = {key: torch.full_like(t, math.nan) for key, t in like.items()}
+        return Hypergradient(gradient, math.nan, math.nan, {}, (), {}, {})
 
 
 @second_derivatives()
@@ -121,7 +127,7 @@ def sweep(
     gradient = add(first.direct, indirect)
     size = _require_finite(gradient, parts)
     return Hypergradient(
-        gradient=gradient,
+        gradient=match(gradient, points[plan.top].values[plan.top]),
         size=size,
         loss=first.loss,
         metrics=first.metrics,
@@ -186,18 +192,19 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
         found: dict[str, Tree] = {level: {} for level in wanted}
         for loss, metrics in point.losses():
             outcomes.append(metrics)
-            value += share * require_finite(loss, point.loss.level, point.loss.site)
+            value += share * float(point.unscaled(loss))
             if not loss.requires_grad:
                 continue
             parts: dict[str, dict[str, Tensor]] = {level: {} for level in wanted}
             for (level, key), part in gradient(loss, inputs).items():
                 parts[level][key] = part
             for level in wanted:
-                found[level] = add(found[level], scale(parts[level], share))
+                found[level] = add(found[level], widen(parts[level]), share / point.scale)
         return value, outcomes, found
 
     value, outcomes, found = point.loss.within(state, differentiate)
     value, found = _shared(point, value, found)
+    require_finite(value, point.loss.level, point.loss.site)
     value, metrics = point.reported(value, outcomes)
     return _DirectPass(value, metrics, found.pop(plan.top), found, state)
 
@@ -207,8 +214,9 @@ def _shared(point: Point, value: float, found: dict[str, Tree]) -> tuple[float, 
     if point.mean is None:
         return value, found
     some = next(iter(point.values[next(iter(found))].values()))
-    loss = {"loss": some.new_tensor(value)}
-    means = point.mean([loss, *found.values()], [loss, *(point.values[level] for level in found)])
+    loss = widen({"loss": some.new_tensor(value)})
+    like = [widen(point.values[level]) for level in found]
+    means = point.mean([loss, *found.values()], [loss, *like])
     return float(means[0]["loss"]), dict(zip(found, means[1:], strict=True))
 
 

@@ -43,6 +43,8 @@ class StepRecord:
             optimizer without one.
         metrics: what its function returned or logged beside the loss.
         solves: its linear solves.
+        skipped: whether nothing was changed, since its numbers overflowed in float16; the norm of
+            the gradient is then no number.
         cosine: of the angle between the hypergradient and that of the level's last step; near
             one for a steady direction, near zero or below for noise. None for levels without
             lower levels and at the first step.
@@ -57,6 +59,7 @@ class StepRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     solves: tuple[SolveRecord, ...] = ()
     cosine: float | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,14 @@ class History:
         """
         return [record.loss for record in self.of(level)]
 
+    def skipped(self, level: str) -> int:
+        """How many steps of one level were skipped, since their numbers overflowed in float16.
+
+        Raises:
+            RunError: there is no such level.
+        """
+        return sum(record.skipped for record in self.of(level))
+
     def metric(self, name: str) -> list[float]:
         """The values of one validation metric; none before the first validation.
 
@@ -148,6 +159,7 @@ class History:
                 "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate,
                 "cosine": record.cosine,
+                "skipped": record.skipped,
                 "solver_steps": sum(solve.steps for solve in record.solves),
                 "residual": max(
                     (s.residual for s in record.solves if s.residual is not None), default=None

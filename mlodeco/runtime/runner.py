@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,20 @@ from accelerate.utils import send_to_device, set_seed
 
 from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
+from mlodeco.calculus.stateless import frozen
+from mlodeco.calculus.sweep import Hypergradient
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
-from mlodeco.errors import DriftWarning, MlodecoError, MlodecoWarning, RunError, counted, quoted
+from mlodeco.errors import (
+    DriftWarning,
+    MlodecoError,
+    MlodecoWarning,
+    NonFiniteError,
+    RunError,
+    counted,
+    quoted,
+)
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
@@ -26,6 +37,7 @@ from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
     compute_hypergradient,
+    levels_involved,
     muted_context,
     probe_level,
     seed_of,
@@ -45,10 +57,12 @@ from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
+from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
 from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.scaling import make_scale
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -109,6 +123,9 @@ class Runner:
             of Eq. (2), which takes the levels below a mid-level as constants.
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them; ``"once"`` averages finished hypergradients.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
+            ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
+            default: that of the Accelerator, or of ``accelerate launch``.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -122,6 +139,7 @@ class Runner:
         accelerator: Accelerator | None = None,
         nested: bool = False,
         reduce: str = "exact",
+        mixed_precision: str | None = None,
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -138,6 +156,9 @@ class Runner:
         self._steps: list[StepRecord] = []
         self._asked: dict[str, bool] = {}
         self._accelerator = make_accelerator(accelerator)
+        self._precision = choose_precision(
+            mixed_precision, self._accelerator, is_own=accelerator is not None
+        )
         self._processes = processes_of(
             self._accelerator.process_index,
             self._accelerator.num_processes,
@@ -169,13 +190,19 @@ class Runner:
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         processes = self._processes
-        validations = [Validation(d, self.built, place, processes) for d in registry.validations]
+        dtype = dtype_of(self._precision)
+        validations = [
+            Validation(d, self.built, place, processes, dtype) for d in registry.validations
+        ]
         levels = self.built.levels
         self._trainers = {
             n: Trainer(self.built, level, place, processes) for n, level in levels.items()
         }
-        for trainer in self._trainers.values():
+        set_precision(levels.values(), self._precision)
+        for name, trainer in self._trainers.items():
             trainer.level.reported.clear()
+            if self._has_half(name):
+                trainer.scale = make_scale(trainer.level, self._accelerator)
         self._sources = Sources(self.built, place)
         self.history = History(self.built.levels, is_validated=bool(validations))
         self._hooks = hooks
@@ -189,6 +216,11 @@ class Runner:
             # small numbers: a stream on a CPU is seeded by the lowest 32 bits
             own = self._run_seed + number + 1_000_003 * processes.rank
             generator.manual_seed(own % 2**63)
+
+    def _has_half(self, name: str) -> bool:
+        """Whether a pass of a level's own steps is in float16."""
+        involved = levels_involved(self.built, name, None, nested=self._nested)
+        return any(self.built.levels[other].loss.is_half for other in involved)
 
     def _make_recorders(self) -> dict[str, Recorder]:
         """What records the steps of the levels that some method differentiates through."""
@@ -348,8 +380,9 @@ class Runner:
                 self._stop_reason = self._processes.exchange(self._stop_reason)[first]
 
     def _take_over(self) -> None:
-        """Makes the program's tick, seed and optimizers those of this run, of several perhaps."""
+        """Makes the program's tick, seed, precision and optimizers those of this run."""
         self.built.tick, self.built.run_seed = self.tick + 1, self._run_seed
+        set_precision(self.built.levels.values(), self._precision)
         for trainer in self._trainers.values():
             level = trainer.level
             level.optimizer, level.scheduler = trainer.optimizer, trainer.scheduler
@@ -400,14 +433,10 @@ class Runner:
                 seed = self._seed_of_step(name)
                 recorder.begin_step(batches, self._muted(name), ctx.generator, seed)
             found = self._differentiate(name, batches, ctx, recorder)
+            metrics, rate = _numbers(found.metrics), trainer.learning_rate
+            ctx.skipped = trainer.overflowed(found)
             extras = self._extras(trainer, found, batches, ctx)
-            self._fire("after_backward", name, ctx, **extras)
-            if recorder is not None:
-                is_other = self._has_other_gradient(name)
-                recorder.begin_update(trainer.gradients() if is_other else None)
-            norm, rate = trainer.clip(), trainer.learning_rate
-            metrics = _numbers(found.metrics)  # which may be made of the parameters
-            trainer.apply()
+            norm = self._update(name, ctx, recorder, extras)
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -431,11 +460,29 @@ class Runner:
                 for s in found.solves
             ),
             cosine=found.cosine,
+            skipped=ctx.skipped,
         )
         self._steps.append(record)
         self.history.steps.append(record)
         self._finish_step_events(name, ctx, extras, ended)
         record.metrics.update(ctx.logged)
+
+    def _update(
+        self, name: str, ctx: Context, recorder: Recorder | None, extras: dict[str, Any]
+    ) -> float:
+        """Steps by the gradients that are there; their norm, no number for a step skipped."""
+        trainer = self._trainers[name]
+        if ctx.skipped:
+            if recorder is not None:
+                recorder.skip_update()
+            return math.nan
+        self._fire("after_backward", name, ctx, **extras)
+        if recorder is not None:
+            is_other = self._has_other_gradient(name)
+            recorder.begin_update(trainer.gradients() if is_other else None)
+        norm = trainer.clip()
+        trainer.apply()
+        return norm
 
     def _has_other_gradient(self, name: str) -> bool:
         """Whether the gradient of a step may be another than that of its loss here."""
@@ -501,20 +548,28 @@ class Runner:
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
         own = ctx.with_own_generator()
-        hyper = compute_hypergradient(
-            self.built,
-            name,
-            {**items, name: batches},
-            lambda n: own if n == name else self._muted(n),
-            rank=self._processes.rank,
-            memories=trainer.memories,
-            nested=self._nested,
-            tapes=self._tapes(name) if self._recorders else None,
-            mean=self._exact_mean,
-        )
+        try:
+            hyper = compute_hypergradient(
+                self.built,
+                name,
+                {**items, name: batches},
+                lambda n: own if n == name else self._muted(n),
+                rank=self._processes.rank,
+                memories=trainer.memories,
+                nested=self._nested,
+                tapes=self._tapes(name) if self._recorders else None,
+                mean=self._exact_mean,
+                scale=trainer.scale.value if trainer.scale else 1.0,
+            )
+        except NonFiniteError:
+            if trainer.scale is None:
+                raise
+            hyper = Hypergradient.lost(frozen(trainer.level.parameters))
         if self._reduce == "once":
             hyper = trainer.average_hypergradient(hyper)
         ctx.adopt(own)
+        if trainer.scale is not None and not math.isfinite(hyper.size):
+            return Gradients(math.nan, hyper.metrics)
         if not self._nested:
             warn_of_nested_paths(self.built, name)
         warn_of_trouble(self.built, hyper.solves)
@@ -536,7 +591,8 @@ class Runner:
         """The gradients of a level's replicas, whose random numbers come from the step's seed."""
         trainer, own = self._trainers[name], ctx.with_own_generator()
         with randomness_set_aside(), torch.enable_grad():
-            point = step_point(self.built, name, batches, own, trainer.step_seed)
+            scale = trainer.own_scale
+            point = step_point(self.built, name, batches, own, trainer.step_seed, scale)
             if recorder is not None and recorder.recording.keep_graph:
                 graph = recorder.differentiate(point.batches, own.generator)
                 found = trainer.adopt_graph(graph, point)
@@ -578,11 +634,9 @@ class Runner:
         ctx.epoch = trainer.epoch
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             found = self._differentiate(name, batches, ctx)
-            extras = self._extras(trainer, found, batches, ctx)
-            self._fire("after_backward", name, ctx, **extras)
+            ctx.skipped = trainer.overflowed(found)
             trainer.tune()
-            trainer.clip()
-            trainer.apply()
+            self._update(name, ctx, None, self._extras(trainer, found, batches, ctx))
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.automatic import Automatic
 from mlodeco.calculus.products.difference import Difference
+from mlodeco.calculus.products.fitted import fit_curvature, fit_linearization
 from mlodeco.calculus.products.forward import Forward
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
@@ -106,13 +107,15 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         "forward": Forward,
         "difference": Difference,
     }
+    found: Curvature
     if problem.opened is not None:
-        found: Curvature = problem.opened(problem, product)
+        found = problem.opened(problem, product)
         return found
     if product not in modes:
-        return share_curvature(Automatic(problem), problem)
-    named = _NamedCurvature(modes[product](problem), problem, product)
-    return share_curvature(named, problem)
+        found = Automatic(problem)
+    else:
+        found = _NamedCurvature(modes[product](problem), problem, product)
+    return fit_curvature(share_curvature(found, problem), problem)
 
 
 def open_linearization(problem: LowerProblem, product: str) -> Linearization:
@@ -122,7 +125,9 @@ def open_linearization(problem: LowerProblem, product: str) -> Linearization:
         "forward": Forward,
         "difference": Difference,
     }
+    found: Linearization
     if product not in modes:
-        return share_linearization(Automatic(problem), problem)
-    named = _NamedLinearization(modes[product](problem), problem, product)
-    return share_linearization(named, problem)
+        found = Automatic(problem)
+    else:
+        found = _NamedLinearization(modes[product](problem), problem, product)
+    return fit_linearization(share_linearization(found, problem), problem)
