@@ -21,13 +21,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.mean import mean_of, shared
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.response import Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
-from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, require_finite_tree, solving_for
+from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, solving_for
 from mlodeco.errors import MethodError
 from mlodeco.graph import NestPlan
 from mlodeco.tree import Tree, add, fill, is_zero, match, norm, restrict, widen, zeros_like

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.replicas import respond
@@ -23,7 +24,7 @@ from mlodeco.calculus.response import Method, Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.calculus.tape import Tape
-from mlodeco.errors import MethodError, NonFiniteError
+from mlodeco.errors import MethodError
 from mlodeco.graph import SweepPlan
 from mlodeco.tree import Tree, add, match, norm, widen
 
@@ -277,22 +278,3 @@ def _require_finite(tree: Tree, parts: list[_Part]) -> float:
         for part, problem, what in parts:
             require_finite_tree(part, problem.point, what)
     return size
-
-
-def require_finite_tree(tree: Tree, point: Point, what: str) -> None:
-    """Refuses numbers that are not finite, in what was found for the level of ``point``.
-
-    Raises:
-        NonFiniteError: there are some.
-    """
-    size = norm(tree)
-    if math.isfinite(size) or all(bool(torch.isfinite(t).all()) for t in tree.values()):
-        return
-    raise NonFiniteError(
-        f"{what} is not finite (its norm is {size}).",
-        expected="finite numbers.",
-        remedy="look at this level's loss and at that of the level above for overflow, a division "
-        "by zero or the logarithm of zero; for a solver, use a smaller step or more damping.",
-        level=point.loss.level,
-        site=point.loss.site,
-    )

@@ -219,7 +219,7 @@ class Runner:
 
     def _has_half(self, name: str) -> bool:
         """Whether a pass of a level's own steps is in float16."""
-        involved = levels_involved(self.built, name, None, nested=self._nested)
+        involved = levels_involved(self.built, name, None, nested=False)
         return any(self.built.levels[other].loss.is_half for other in involved)
 
     def _make_recorders(self) -> dict[str, Recorder]:
@@ -433,10 +433,10 @@ class Runner:
                 seed = self._seed_of_step(name)
                 recorder.begin_step(batches, self._muted(name), ctx.generator, seed)
             found = self._differentiate(name, batches, ctx, recorder)
-            metrics, rate = _numbers(found.metrics), trainer.learning_rate
+            metrics = _numbers(found.metrics)  # which may be made of the parameters
             ctx.skipped = trainer.overflowed(found)
             extras = self._extras(trainer, found, batches, ctx)
-            norm = self._update(name, ctx, recorder, extras)
+            norm, rate = self._update(name, ctx, recorder, extras)
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -469,20 +469,24 @@ class Runner:
 
     def _update(
         self, name: str, ctx: Context, recorder: Recorder | None, extras: dict[str, Any]
-    ) -> float:
-        """Steps by the gradients that are there; their norm, no number for a step skipped."""
+    ) -> tuple[float, float]:
+        """Steps by the gradients that are there, unless the step is skipped.
+
+        Returns:
+            Their norm, which is no number for a step skipped, and the learning rate.
+        """
         trainer = self._trainers[name]
         if ctx.skipped:
             if recorder is not None:
                 recorder.skip_update()
-            return math.nan
+            return math.nan, trainer.learning_rate
         self._fire("after_backward", name, ctx, **extras)
         if recorder is not None:
             is_other = self._has_other_gradient(name)
             recorder.begin_update(trainer.gradients() if is_other else None)
-        norm = trainer.clip()
+        norm, rate = trainer.clip(), trainer.learning_rate
         trainer.apply()
-        return norm
+        return norm, rate
 
     def _has_other_gradient(self, name: str) -> bool:
         """Whether the gradient of a step may be another than that of its loss here."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.randomness import randomness_set_aside
 from mlodeco.calculus.roll import Buffers
-from mlodeco.calculus.sweep import require_finite_tree
 from mlodeco.calculus.tape import Recording, Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.records import UNSET

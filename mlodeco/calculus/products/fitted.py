@@ -2,8 +2,8 @@
 
 A direction comes in single precision, whatever the parameters are in, and a product goes out in
 it. Where the loss is in float16, its products are those of the scaled loss in a direction of
-convenient size: both are undone behind them, in single precision. So numbers that float16 has
-not are lost in neither pass, and a scale that is too large shows as one that is not finite.
+convenient size: both are undone behind them, in single precision. A scale that is too large
+shows as a number that is not finite, and ends the solve: its solver might hide it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.precision import into_range
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
@@ -63,9 +64,14 @@ class _Fitted:
         into, unit = into_range(v, self._problem.parameters, is_scaled=scaled != 1.0)
         return scale(into, self._lacking), unit / scaled
 
-    @staticmethod
-    def _out_of(found: Cross, factor: float) -> Cross:
-        return {target: scale(widen(tree), factor) for target, tree in found.items()}
+    def _out_of(self, found: Tree, factor: float) -> Tree:
+        wide = widen(found)
+        if self._problem.point.scale != 1.0:
+            require_finite_tree(wide, self._problem.point, "a product in float16")
+        return scale(wide, factor)
+
+    def _all_out_of(self, found: Cross, factor: float) -> Cross:
+        return {target: self._out_of(tree, factor) for target, tree in found.items()}
 
 
 class _FittedCurvature(_Fitted):
@@ -78,11 +84,11 @@ class _FittedCurvature(_Fitted):
 
     def hvp(self, v: Mapping[str, Tensor]) -> Tree:
         into, factor = self._into(v)
-        return scale(widen(self._curvature.hvp(into)), factor)
+        return self._out_of(self._curvature.hvp(into), factor)
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         into, factor = self._into(v)
-        return self._out_of(self._curvature.cross(into), factor)
+        return self._all_out_of(self._curvature.cross(into), factor)
 
 
 class _FittedLinearization(_Fitted):
@@ -96,4 +102,4 @@ class _FittedLinearization(_Fitted):
     def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
         into, factor = self._into(v)
         curved, cross = self._opened.pull_back(into, own=own)
-        return scale(widen(curved), factor), self._out_of(cross, factor)
+        return self._out_of(curved, factor), self._all_out_of(cross, factor)
