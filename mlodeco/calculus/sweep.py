@@ -127,6 +127,8 @@ def sweep(
                     pending.add(target, methods[visit.level, target], tree, -1.0)
     gradient = add(first.direct, indirect)
     size = _require_finite(gradient, parts)
+    if any(point.loss.is_half for point in points.values()):
+        require_finite_tree(gradient, points[plan.top], "the hypergradient")
     return Hypergradient(
         gradient=match(gradient, points[plan.top].values[plan.top]),
         size=size,

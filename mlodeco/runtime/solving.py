@@ -59,7 +59,7 @@ def solve(
             wanted = {level: Recording(every=None)}
             found = take_loops(built, {level: loop}, wanted, {level: scaled})
             end = found[0][level].end
-            if scale != 1.0 and end is not None:
+            if point.loss.is_half and end is not None:
                 require_finite_tree(end.parameters, point, "the end of the loop")
             return found
 

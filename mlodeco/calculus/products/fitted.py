@@ -34,7 +34,7 @@ def fit_linearization(
         problem: the loss and its point, with the scale that is wanted.
         graph_scale: the one that the graph was made with, where it was kept from a step.
     """
-    if not _needs_fitting(problem) and graph_scale in (None, 1.0):
+    if not _needs_fitting(problem):
         return opened
     return _FittedLinearization(opened, problem, graph_scale or problem.point.scale)
 
@@ -42,7 +42,7 @@ def fit_linearization(
 def _needs_fitting(problem: LowerProblem) -> bool:
     trees = (problem.parameters, *(problem.point.values[name] for name in problem.targets))
     is_narrow = any(t.itemsize < 4 for tree in trees for t in tree.values())
-    return is_narrow or problem.point.scale != 1.0
+    return is_narrow or problem.point.loss.is_half
 
 
 class _Fitted:
@@ -60,13 +60,13 @@ class _Fitted:
 
     def _into(self, v: Mapping[str, Tensor]) -> tuple[Tree, float]:
         """The direction for a pass, and the factor that undoes unit and scale behind it."""
-        scaled = self._problem.point.scale
-        into, unit = into_range(v, self._problem.parameters, is_scaled=scaled != 1.0)
-        return scale(into, self._lacking), unit / scaled
+        point = self._problem.point
+        into, unit = into_range(v, self._problem.parameters, is_scaled=point.loss.is_half)
+        return scale(into, self._lacking), unit / point.scale
 
     def _out_of(self, found: Tree, factor: float) -> Tree:
         wide = widen(found)
-        if self._problem.point.scale != 1.0:
+        if self._problem.point.loss.is_half:
             require_finite_tree(wide, self._problem.point, "a product in float16")
         return scale(wide, factor)
 

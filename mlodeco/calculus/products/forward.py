@@ -110,7 +110,7 @@ def push_gradient(problem: LowerProblem, along: Mapping[str, Tree]) -> Tree:
     """
     point = problem.point
     values = {name: {**point.values, problem.level: problem.parameters}[name] for name in along}
-    whole, unit = into_range(_joined(along), _joined(values), is_scaled=point.scale != 1.0)
+    whole, unit = into_range(_joined(along), _joined(values), is_scaled=point.loss.is_half)
     into = {name: {key: whole[f"{name}/{key}"] for key in tree} for name, tree in along.items()}
     return scale(widen(_push(problem, into)), unit / point.scale)
 
