@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,8 +44,8 @@ class StepRecord:
             optimizer without one.
         metrics: what its function returned or logged beside the loss.
         solves: its linear solves.
-        skipped: whether nothing was changed, since its numbers overflowed in float16; the norm of
-            the gradient is then no number.
+        skipped: whether nothing was changed, since its numbers overflowed in float16. The norm of
+            the gradient is then no number, and nor is the loss of a level with lower levels.
         cosine: of the angle between the hypergradient and that of the level's last step; near
             one for a steady direction, near zero or below for noise. None for levels without
             lower levels and at the first step.
@@ -116,13 +117,10 @@ class History:
         """
         return [record.loss for record in self.of(level)]
 
-    def skipped(self, level: str) -> int:
-        """How many steps of one level were skipped, since their numbers overflowed in float16.
-
-        Raises:
-            RunError: there is no such level.
-        """
-        return sum(record.skipped for record in self.of(level))
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many steps of each level were skipped, of those that have skipped some."""
+        return dict(Counter(record.level for record in self.steps if record.skipped))
 
     def metric(self, name: str) -> list[float]:
         """The values of one validation metric; none before the first validation.

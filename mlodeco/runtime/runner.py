@@ -94,6 +94,11 @@ class Result:
     stop_reason: str
     ticks: int
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many steps of each level were skipped, since their numbers overflowed in float16."""
+        return self.history.skipped
+
 
 class Listener(Protocol):
     """Is told what happens in a run; a display, for instance."""
@@ -610,10 +615,14 @@ class Runner:
     ) -> dict[str, Any]:
         return {
             "batch": batches[-1].batch,
-            "grads": trainer.gradients() if self._hooks.listens_to_gradients else {},
+            "grads": trainer.gradients() if self._wants_gradients(ctx) else {},
             "loss": found.loss,
             "metrics": {**found.metrics, **ctx.logged},
         }
+
+    def _wants_gradients(self, ctx: Context) -> bool:
+        """Whether some hook takes gradients, and there are some."""
+        return self._hooks.listens_to_gradients and not ctx.skipped
 
     def _roll_back_below(self, stepped: list[str]) -> None:
         graph = self.built.graph
