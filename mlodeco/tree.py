@@ -114,8 +114,7 @@ def largest(tree: Mapping[str, Tensor]) -> float:
     values = [value.detach() for value in tree.values() if value.numel()]
     if not values:
         return 0.0
-    # max of Python passes a NaN over that is not the first
-    return float(torch.stack([v.double() for v in torch._foreach_norm(values, math.inf)]).max())
+    return float(torch.stack([v.float() for v in torch._foreach_norm(values, math.inf)]).max())
 
 
 def widen(tree: Mapping[str, Tensor]) -> Tree:

@@ -288,6 +288,59 @@ def test_replicas(way):
     assert torch.allclose(found[2], found[0], rtol=0.01)
 
 
+@pytest.mark.parametrize("step", ["optimizer", "rule"])
+@pytest.mark.parametrize("name", ["neumann", "unroll", "kept graphs"])
+def test_micro_batches_update_rules_and_tuned_rates(name, step):
+    found = []
+    for precision in ("no", "bf16", "fp16"):
+        program, data = Program(), batches(1, 1, 1, 1)
+        steps = {"optimizer": partial(SGD, lr=0.1), "tune": {"lr": lambda top: 0.1 * top.x.exp()}}
+
+        @program.level(
+            "low",
+            module=partial(seeded, lambda: nn.Linear(3, 1)),
+            data=data,
+            accumulate=2,
+            inner_steps=2,
+            clip_norm=0.3,
+            **(steps if step == "optimizer" else {}),
+        )
+        def low(model, batch, top):
+            x, y = batch
+            return F.mse_loss(model(x)[:, 0].float(), y) + top.x.exp() * model.weight.square().sum()
+
+        if step == "rule":
+
+            @program.update("low")
+            def rule(params, grads, state, top):
+                rate = 0.1 * top.x.exp()
+                return {key: p - rate * grads[key] for key, p in params.items()}, state
+
+        @program.level(
+            "top",
+            lower=["low"],
+            hypergrad=EVERY[name],
+            module={"x": torch.zeros(())},
+            optimizer=partial(SGD, lr=0.1),
+            data=data,
+            accumulate=2,
+        )
+        def top(m, batch, low):
+            x, y = batch
+            return F.mse_loss(low(x)[:, 0].float(), y)
+
+        runner = Runner(program, seed=0, mixed_precision=precision)
+        for trainer in runner._trainers.values():
+            if trainer.scale is not None:
+                trainer.scale.value = 2.0**9
+        assert not runner.run(8).skipped
+        found.append([p.detach() for n in ("low", "top") for p in program.module(n).parameters()])
+    for single, narrow, half_ in zip(*found, strict=True):
+        assert torch.allclose(narrow, single, atol=0.02)
+        assert torch.allclose(half_, single, atol=0.002)
+    assert float(found[0][-1].abs()) > 0.01
+
+
 def seeded(make):
     torch.manual_seed(0)
     return make()

@@ -73,8 +73,10 @@ def set_precision(levels: Iterable[BuiltLevel], precision: str) -> None:
     """
     for level in levels:
         level.loss.dtype = dtype_of(level.declaration.precision or precision)
+        if not level.loss.is_half:
+            continue
         narrow = [key for key, p in level.parameters.items() if p.dtype is torch.float16]
-        if level.loss.is_half and narrow:
+        if narrow:
             raise ModuleError(
                 f"the level runs in fp16, and its parameters {quoted(narrow[:3])} are in float16.",
                 expected="parameters in float32, which autocast casts in each pass: steps in "
