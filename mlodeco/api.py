@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
@@ -119,6 +120,37 @@ method = _of_current(Program.method)
 update = _of_current(Program.update)
 
 
+Takeover = Callable[[Callable[..., Result], dict[str, Any]], Result]
+"""Is given ``run`` and the arguments of a call by name, ``program`` always among them."""
+
+_takeovers: Final[list[Takeover]] = []
+
+
+@contextmanager
+def first_run_to(takeover: Takeover) -> Iterator[None]:
+    """Within the block, hands the first call of :func:`run` over; later ones are as written."""
+    _takeovers.append(takeover)
+    try:
+        yield
+    finally:
+        _takeovers.clear()
+
+
+def _yielding(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Lets whoever waits for it have the first call."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if not _takeovers:
+            return function(*args, **kwargs)
+        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+        given["program"] = _known(given.get("program"))
+        return _takeovers.pop()(function, given)
+
+    return call
+
+
+@_yielding
 def run(
     steps: int,
     *,
@@ -128,6 +160,7 @@ def run(
     accelerator: Accelerator | None = None,
     nested: bool = False,
     reduce: str = "exact",
+    tails: str = "drop",
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
@@ -148,6 +181,9 @@ def run(
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them, so that it is that of the mean loss; ``"once"`` averages the hypergradients that
             the processes find each on its own data, by one collective.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
         mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
             ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
             default: that of the Accelerator, or of ``accelerate launch``.
@@ -167,6 +203,7 @@ def run(
         accelerator=accelerator,
         nested=nested,
         reduce=reduce,
+        tails=tails,
         mixed_precision=mixed_precision,
     )
     if display is not None and runner.is_main:

@@ -27,7 +27,8 @@ from mlodeco.hypergrad import UnrollForward as Forward
 from mlodeco.runtime.scaling import LEAST, LossScale
 from tests import precision_worker
 from tests.benchmarks.precision import METHODS, cosines
-from tests.test_parallel import launch
+from tests.parallel_worker import free_port, place
+from tests.test_parallel import finish, left, start
 
 BAD = 1e30
 """Of a batch whose numbers float16 does not have."""
@@ -754,7 +755,9 @@ def test_options_of_an_accelerator_are_taken():
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    found, printed = launch(tmp_path_factory.mktemp("half"), "", worker="tests.precision_worker")
+    out, port, worker = tmp_path_factory.mktemp("half"), free_port(), "tests.precision_worker"
+    printed = finish([start(out, "", worker, **place(rank, 2, port)) for rank in range(2)])
+    found = left(out)
     assert None not in found, "\n".join(printed)
     return found
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -57,12 +58,20 @@ from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
+from mlodeco.runtime.overlap import passes_of
 from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
-from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
+from mlodeco.runtime.processes import (
+    REDUCTIONS,
+    Processes,
+    check_choice,
+    processes_of,
+    require_same,
+)
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.scaling import make_scale
+from mlodeco.runtime.shards import TAILS, shard
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -128,6 +137,9 @@ class Runner:
             of Eq. (2), which takes the levels below a mid-level as constants.
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them; ``"once"`` averages finished hypergradients.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
         mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
             ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
             default: that of the Accelerator, or of ``accelerate launch``.
@@ -144,6 +156,7 @@ class Runner:
         accelerator: Accelerator | None = None,
         nested: bool = False,
         reduce: str = "exact",
+        tails: str = "drop",
         mixed_precision: str | None = None,
     ) -> None:
         registry = program if program is not None else current_registry()
@@ -153,7 +166,9 @@ class Runner:
         self.listeners: list[Listener] = []
         self.tick = 0
         check_nested(nested)
-        check_reduce(reduce)
+        check_choice("reduce", reduce, REDUCTIONS)
+        check_choice("tails", tails, TAILS)
+        self._tails = tails
         self._reduce = reduce
         self._nested = nested
         self._best: Best | None = None
@@ -177,9 +192,8 @@ class Runner:
         before = SavedRandomness()
         try:
             if seed is not None:
-                _check_seed(seed)
                 # processes differ, in dropout for instance; what must not is taken from the first
-                set_seed(seed, device_specific=self._processes.count > 1)
+                seed_all(seed, by_process=self._processes.count > 1)
             self._set_up(registry, seed)
         except BaseException:
             before.restore()
@@ -200,8 +214,11 @@ class Runner:
             Validation(d, self.built, place, processes, dtype) for d in registry.validations
         ]
         levels = self.built.levels
+        share = partial(shard, processes=processes, tails=self._tails)
+        passes = partial(passes_of, processes=processes, given=self._accelerator.ddp_handler)
         self._trainers = {
-            n: Trainer(self.built, level, place, processes) for n, level in levels.items()
+            n: Trainer(self.built, level, place, processes, share, passes)
+            for n, level in levels.items()
         }
         set_precision(levels.values(), self._precision)
         for name, trainer in self._trainers.items():
@@ -533,20 +550,19 @@ class Runner:
         if self.built.graph.lower[name]:
             return self._differentiate_responses(name, batches, ctx)
         self._probe(name, batches)
-        found = self._differentiate_loss(name, batches, ctx, recorder)
-        return self._trainers[name].average(found)
+        return self._differentiate_loss(name, batches, ctx, recorder)
 
     def _differentiate_loss(
         self, name: str, batches: tuple[Drawn, ...], ctx: Context, recorder: Recorder | None
     ) -> Gradients:
-        """The gradient of a level without lower levels, on this process's data."""
+        """The gradient of a level without lower levels, averaged over processes."""
         trainer = self._trainers[name]
         if trainer.level.copied:
-            return self._differentiate_replicas(name, batches, ctx, recorder)
+            return trainer.average(self._differentiate_replicas(name, batches, ctx, recorder))
         if recorder is not None and recorder.recording.keep_graph:
             parts = items_of(trainer.level, batches, ctx)
             graph = recorder.differentiate(parts, ctx.generator)
-            return trainer.adopt_graph(graph, recorder.point)
+            return trainer.average(trainer.adopt_graph(graph, recorder.point))
         return trainer.backward(batches, ctx)
 
     def _differentiate_responses(
@@ -776,11 +792,17 @@ def check_steps(steps: object) -> None:
         )
 
 
-def _check_seed(seed: object) -> None:
+def seed_all(seed: int, *, by_process: bool = False) -> None:
+    """Seeds torch, ``random`` and NumPy, in each process otherwise if asked for.
+
+    Raises:
+        RunError: it is no seed.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise RunError(
             f"seed={seed!r}.", expected="an integer from 0 to 2**32 - 1.", remedy="run(seed=0)."
         )
+    set_seed(seed, device_specific=by_process)
 
 
 def _timings(built: Build) -> dict[str, Timing]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mlodeco.calculus.clipping import clip_factor, clip_rows, row_norms
 from mlodeco.calculus.mean import Mean
@@ -25,19 +26,20 @@ from mlodeco.calculus.update import Iterate, Update
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.data import Feed, Placer, Share, items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
     fresh_state,
+    is_divided,
     make_optimizer,
     make_scheduler,
     read_state,
     read_step,
 )
+from mlodeco.runtime.overlap import Passes
 from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.scaling import LossScale, scale_for
-from mlodeco.runtime.shards import shard
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -52,10 +54,25 @@ class Gradients:
 
 
 class Trainer:
-    """The state of one level in a run and the parts of its step."""
+    """The state of one level in a run and the parts of its step.
+
+    Args:
+        built: the program.
+        level: the level.
+        place: moves batches to the device of the run.
+        processes: those of the run.
+        share: makes of a source of batches the part that this process sees.
+        choose_passes: those of the steps of a level that has its first gradients.
+    """
 
     def __init__(
-        self, built: Build, level: BuiltLevel, place: Placer, processes: Processes
+        self,
+        built: Build,
+        level: BuiltLevel,
+        place: Placer,
+        processes: Processes,
+        share: Share,
+        choose_passes: Callable[[BuiltLevel], Passes],
     ) -> None:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
@@ -65,7 +82,9 @@ class Trainer:
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
         self._processes = processes
-        self._feed = Feed(level.declaration, lambda source: shard(source, processes))
+        self._feed = Feed(level.declaration, share)
+        self._choose_passes = choose_passes
+        self._passes: Passes | None = None
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
@@ -155,21 +174,29 @@ class Trainer:
         return True
 
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
-        """The ordinary backward passes of a level without lower levels."""
-        parameters = list(self.level.parameters.values())
-        for parameter in parameters:
+        """The ordinary backward passes of a level without lower levels, averaged over processes.
+
+        The first ones are averaged behind them: they show whether DDP can do so in between.
+        """
+        for parameter in self.level.parameters.values():
             parameter.grad = None
+        passes = self._passes or Passes(self.level)
         share = 1.0 / len(batches)
         total = 0.0
         metrics: dict[str, Any] = {}
-        for batch in batches:
-            loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
-            total += share * self._value_of(loss)
-            loss = loss if self.own_scale == 1.0 else loss * self.own_scale
-            torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
+        for number, batch in enumerate(batches, 1):
+            with passes.kept_local(is_last=number == len(batches)):
+                loss, metrics = passes.call(items_for(self.level, batch, ctx))
+                total += share * self._value_of(loss)
+                loss = loss if self.own_scale == 1.0 else loss * self.own_scale
+                passes.backward(loss if share == 1.0 else loss * share)
         if self.own_scale != 1.0:
             torch._foreach_mul_(list(self.gradients().values()), 1.0 / self.own_scale)
-        return Gradients(total, metrics)
+        self._passes = self._passes or self._choose_passes(self.level)
+        averaged = passes.take_loss()
+        if averaged is not None:
+            return Gradients(averaged, metrics)
+        return self.average(Gradients(total, metrics))
 
     def _value_of(self, loss: Tensor) -> float:
         """The loss as a number, which may be infinite where all processes will skip the step."""
@@ -313,11 +340,18 @@ class Trainer:
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler, or of the level's own rule."""
         if self.optimizer is not None:
-            self.optimizer.step()
+            self._step(self.optimizer)
         elif self.level.rule is not None:
             self._apply_rule(self.level.rule)
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def _step(self, optimizer: Optimizer) -> None:
+        if is_divided(optimizer):
+            with self._processes.meeting():
+                optimizer.step()
+        else:
+            optimizer.step()
 
     def _apply_rule(self, rule: Rule | RuleOfEach) -> None:
         before = Iterate(frozen(self.level.parameters), self.rule_state)
