@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -162,6 +162,7 @@ def run(
     reduce: str = "exact",
     tails: str = "drop",
     compile: bool | str = False,  # noqa: A002 (as torch names it)
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -188,6 +189,9 @@ def run(
             True, or the name of a backend of ``torch.compile``. Takes seconds to a minute a
             level at its first hypergradient. Where a loss cannot be compiled whole, or not to
             the same result within 1e-5, its level goes on as without, and a warning says why.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
+            ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
+            default: that of the Accelerator, or of ``accelerate launch``.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -206,6 +210,7 @@ def run(
         reduce=reduce,
         tails=tails,
         compile=compile,
+        mixed_precision=mixed_precision,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)

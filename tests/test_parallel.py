@@ -37,16 +37,15 @@ from tests.parallel_worker import (
 )
 
 ROOT = Path(__file__).parent.parent
-WORKER = ("-m", "tests.parallel_worker")
 
 
 def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def start(out, what, **more):
+def start(out, what, worker="tests.parallel_worker", **more):
     return subprocess.Popen(
-        [sys.executable, *WORKER, str(out), what],
+        [sys.executable, "-m", worker, str(out), what],
         env=environment(**more),
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlodeco.calculus.point import LowerProblem
-from mlodeco.calculus.products import Difference, share_curvature
+from mlodeco.calculus.products import Difference, fit_curvature, share_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.options import Guide, Options, check_number
 from mlodeco.tree import Tree, scale
@@ -53,5 +53,6 @@ class FiniteDifference(Options):
         """Scales the cotangent and takes one cross product by differences."""
         v = scale(cotangent, self.scale)
         difference = Difference(problem, radius=self.radius)
-        cross = share_curvature(difference, problem).cross(v)
+        shared = share_curvature(difference, problem)
+        cross = fit_curvature(shared, problem).cross(v)
         return Response(cross, Solution(v, 0, None, Status.TRUNCATED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from typing import Literal
 
 from mlodeco.calculus.point import Memory
@@ -102,6 +103,8 @@ class Neumann(Implicit):
         """With the step set, else one over the curvature, halved while terms overshoot."""
         if self.step_size != "auto":
             return self._sum(_terms(matvec, b, self.step_size), self.step_size)
+        if not isfinite(curvature):
+            return Solution.lost(b, 0)
         step = 1.0 / curvature if curvature > 0.0 else 1.0
         for _ in range(_HALVINGS):
             try:
@@ -132,6 +135,8 @@ class Neumann(Implicit):
                 break
             direction = matvec(scale(direction, 1.0 / size))
             size = norm(direction)
+            if not isfinite(size):
+                return size, b
             curvature = max(curvature, size)
         return curvature, direction if size > 0.0 else b
 

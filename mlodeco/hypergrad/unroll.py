@@ -11,6 +11,7 @@ from mlodeco.calculus.products import (
     Cross,
     Linearization,
     first_gradient,
+    fit_linearization,
     open_linearization,
     share_linearization,
 )
@@ -137,7 +138,7 @@ class Unroll(Options):
         """
         inner = step.problem(problem.level, before.parameters, problem.wanted)
         reads = tuple(name for name in step.update.reads if name in problem.wanted)
-        opened = None if self.first_order else self._open(step, inner)
+        opened = None if self.first_order else self._open(step, inner.at(problem.point.scale))
         gradient = step.gradient
         if gradient is None:
             gradient = first_gradient(inner) if opened is None else opened.gradient()
@@ -156,7 +157,7 @@ class Unroll(Options):
         kept = step.graph
         if kept is None or kept.is_spent:
             return open_linearization(inner, self.product)
-        return share_linearization(kept, inner)
+        return fit_linearization(share_linearization(kept, inner), inner, step.point.scale)
 
 
 def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -> Tape:

@@ -18,7 +18,7 @@ from mlodeco.calculus.update_derivatives import push_forward
 from mlodeco.errors import MethodError
 from mlodeco.hypergrad.options import Guide, Options, check_count
 from mlodeco.hypergrad.unroll import require_tape
-from mlodeco.tree import Tree, dot
+from mlodeco.tree import Tree, dot, widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class UnrollForward(Options):
         return [
             (target, {key: _unit(tensor, number)})
             for target, tree in targets.items()
-            for key, tensor in tree.items()
+            for key, tensor in widen(tree).items()
             for number in range(tensor.numel())
         ]
 
@@ -139,7 +139,7 @@ def _push(
     pushed: list[Cotangent] = []
     for (target, unit), tangent in zip(entries, tangents, strict=True):
         along = {target: unit} if target in seen else {}
-        slope = push_gradient(inner, {**along, level: tangent.parameters})
+        slope = push_gradient(inner.at(problem.point.scale), {**along, level: tangent.parameters})
         own = {target: unit} if target in step.update.reads else {}
         move = Tangent(tangent.parameters, tangent.state, slope, own)
         pushed.append(push_forward(step.update, before, gradient, values, move))

@@ -82,12 +82,6 @@ def _check(accelerator: Accelerator) -> None:
             expected="plain data parallel processes, on CPUs or one GPU each.",
             remedy=_REMEDIES.get(kind, "launch with accelerate launch --multi_gpu, or torchrun."),
         )
-    if accelerator.mixed_precision != "no":
-        raise RunError(
-            f"mixed_precision={accelerator.mixed_precision!r} is not available in this version.",
-            remedy="use an Accelerator without mixed precision; models in another dtype "
-            "run as they are.",
-        )
     _check_idle_options(accelerator)
 
 

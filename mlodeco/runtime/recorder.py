@@ -12,6 +12,7 @@ from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.products import Compiler, Reverse
 from mlodeco.calculus.randomness import RecordedStreams
+from mlodeco.calculus.rest import Rest
 from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.slots import Place
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
@@ -134,6 +135,7 @@ class Recorder:
             copies=copies,
             mean=self._mean,
             compiler=self._compiler,
+            scale=self._trainer.own_scale,
         )
         before = self._trainer.iterate() if self._keeps_iterate else None
         self._pending = TapeStep(point, self._trainer.read_update(), before)
@@ -170,6 +172,11 @@ class Recorder:
             update = replace(update, streams=RecordedStreams())
         copied = gradient and {key: value.detach().clone() for key, value in gradient.items()}
         self._pending = replace(self._step, update=update, gradient=copied)
+
+    def skip_update(self) -> None:
+        """Notes that the step moves nothing."""
+        rest = Rest(self._step.update)
+        self._pending = replace(self._step, update=rest, gradient={}, graph=None)
 
     def finish_step(self) -> None:
         """Puts the step on the tape."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -17,10 +18,20 @@ from accelerate.utils import send_to_device, set_seed
 from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
+from mlodeco.calculus.stateless import frozen
+from mlodeco.calculus.sweep import Hypergradient
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
-from mlodeco.errors import DriftWarning, MlodecoError, MlodecoWarning, RunError, counted, quoted
+from mlodeco.errors import (
+    DriftWarning,
+    MlodecoError,
+    MlodecoWarning,
+    NonFiniteError,
+    RunError,
+    counted,
+    quoted,
+)
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, build
@@ -29,6 +40,7 @@ from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
     compute_hypergradient,
+    levels_involved,
     muted_context,
     probe_level,
     seed_of,
@@ -49,6 +61,7 @@ from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
 from mlodeco.runtime.overlap import passes_of
+from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
 from mlodeco.runtime.processes import (
     REDUCTIONS,
     Processes,
@@ -59,6 +72,7 @@ from mlodeco.runtime.processes import (
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.scaling import make_scale
 from mlodeco.runtime.shards import TAILS, shard
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
@@ -90,6 +104,11 @@ class Result:
     best: Best | None
     stop_reason: str
     ticks: int
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many steps of each level were skipped, since their numbers overflowed in float16."""
+        return self.history.skipped
 
 
 class Listener(Protocol):
@@ -125,6 +144,9 @@ class Runner:
             samples from the beginning of the pass.
         compile: whether the exact products are compiled: True, or the name of a backend of
             ``torch.compile``. A level for which this cannot be done is named in a warning.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
+            ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
+            default: that of the Accelerator, or of ``accelerate launch``.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -140,6 +162,7 @@ class Runner:
         reduce: str = "exact",
         tails: str = "drop",
         compile: bool | str = False,  # noqa: A002 (as torch names it)
+        mixed_precision: str | None = None,
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -159,6 +182,9 @@ class Runner:
         self._steps: list[StepRecord] = []
         self._asked: dict[str, bool] = {}
         self._accelerator = make_accelerator(accelerator)
+        self._precision = choose_precision(
+            mixed_precision, self._accelerator, is_own=accelerator is not None
+        )
         self._processes = processes_of(
             self._accelerator.process_index,
             self._accelerator.num_processes,
@@ -189,7 +215,10 @@ class Runner:
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         processes = self._processes
-        validations = [Validation(d, self.built, place, processes) for d in registry.validations]
+        dtype = dtype_of(self._precision)
+        validations = [
+            Validation(d, self.built, place, processes, dtype) for d in registry.validations
+        ]
         levels = self.built.levels
         share = partial(shard, processes=processes, tails=self._tails)
         passes = partial(passes_of, processes=processes, given=self._accelerator.ddp_handler)
@@ -197,8 +226,11 @@ class Runner:
             n: Trainer(self.built, level, place, processes, share, passes)
             for n, level in levels.items()
         }
-        for trainer in self._trainers.values():
+        set_precision(levels.values(), self._precision)
+        for name, trainer in self._trainers.items():
             trainer.level.reported.clear()
+            if self._has_half(name):
+                trainer.scale = make_scale(trainer.level, self._accelerator)
         self._sources = Sources(self.built, place)
         self.history = History(self.built.levels, is_validated=bool(validations))
         self._hooks = hooks
@@ -213,6 +245,11 @@ class Runner:
             # small numbers: a stream on a CPU is seeded by the lowest 32 bits
             own = self._run_seed + number + 1_000_003 * processes.rank
             generator.manual_seed(own % 2**63)
+
+    def _has_half(self, name: str) -> bool:
+        """Whether a pass of a level's own steps is in float16."""
+        involved = levels_involved(self.built, name, None, nested=False)
+        return any(self.built.levels[other].loss.is_half for other in involved)
 
     def _make_recorders(self) -> dict[str, Recorder]:
         """What records the steps of the levels that some method differentiates through."""
@@ -373,8 +410,9 @@ class Runner:
                 self._stop_reason = self._processes.exchange(self._stop_reason)[first]
 
     def _take_over(self) -> None:
-        """Makes the program's tick, seed and optimizers those of this run, of several perhaps."""
+        """Makes the program's tick, seed, precision and optimizers those of this run."""
         self.built.tick, self.built.run_seed = self.tick + 1, self._run_seed
+        set_precision(self.built.levels.values(), self._precision)
         for trainer in self._trainers.values():
             level = trainer.level
             level.optimizer, level.scheduler = trainer.optimizer, trainer.scheduler
@@ -425,14 +463,10 @@ class Runner:
                 seed = self._seed_of_step(name)
                 recorder.begin_step(batches, self._muted(name), ctx.generator, seed)
             found = self._differentiate(name, batches, ctx, recorder)
-            extras = self._extras(trainer, found, batches, ctx)
-            self._fire("after_backward", name, ctx, **extras)
-            if recorder is not None:
-                is_other = self._has_other_gradient(name)
-                recorder.begin_update(trainer.gradients() if is_other else None)
-            norm, rate = trainer.clip(), trainer.learning_rate
             metrics = _numbers(found.metrics)  # which may be made of the parameters
-            trainer.apply()
+            ctx.skipped = trainer.overflowed(found)
+            extras = self._extras(trainer, found, batches, ctx)
+            norm, rate = self._update(name, ctx, recorder, extras)
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -456,11 +490,33 @@ class Runner:
                 for s in found.solves
             ),
             cosine=found.cosine,
+            skipped=ctx.skipped,
         )
         self._steps.append(record)
         self.history.steps.append(record)
         self._finish_step_events(name, ctx, extras, ended)
         record.metrics.update(ctx.logged)
+
+    def _update(
+        self, name: str, ctx: Context, recorder: Recorder | None, extras: dict[str, Any]
+    ) -> tuple[float, float]:
+        """Steps by the gradients that are there, unless the step is skipped.
+
+        Returns:
+            Their norm, which is no number for a step skipped, and the learning rate.
+        """
+        trainer = self._trainers[name]
+        if ctx.skipped:
+            if recorder is not None:
+                recorder.skip_update()
+            return math.nan, trainer.learning_rate
+        self._fire("after_backward", name, ctx, **extras)
+        if recorder is not None:
+            is_other = self._has_other_gradient(name)
+            recorder.begin_update(trainer.gradients() if is_other else None)
+        norm, rate = trainer.clip(), trainer.learning_rate
+        trainer.apply()
+        return norm, rate
 
     def _has_other_gradient(self, name: str) -> bool:
         """Whether the gradient of a step may be another than that of its loss here."""
@@ -525,21 +581,29 @@ class Runner:
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
         own = ctx.with_own_generator()
-        hyper = compute_hypergradient(
-            self.built,
-            name,
-            {**items, name: batches},
-            lambda n: own if n == name else self._muted(n),
-            rank=self._processes.rank,
-            memories=trainer.memories,
-            nested=self._nested,
-            tapes=self._tapes(name) if self._recorders else None,
-            mean=self._exact_mean,
-            compilers=self._compilers,
-        )
+        try:
+            hyper = compute_hypergradient(
+                self.built,
+                name,
+                {**items, name: batches},
+                lambda n: own if n == name else self._muted(n),
+                rank=self._processes.rank,
+                memories=trainer.memories,
+                nested=self._nested,
+                tapes=self._tapes(name) if self._recorders else None,
+                mean=self._exact_mean,
+                scale=trainer.scale.value if trainer.scale else 1.0,
+                compilers=self._compilers,
+            )
+        except NonFiniteError:
+            if trainer.scale is None:
+                raise
+            hyper = Hypergradient.lost(frozen(trainer.level.parameters))
         if self._reduce == "once":
             hyper = trainer.average_hypergradient(hyper)
         ctx.adopt(own)
+        if trainer.scale is not None and not math.isfinite(hyper.size):
+            return Gradients(math.nan, hyper.metrics)
         if not self._nested:
             warn_of_nested_paths(self.built, name)
         warn_of_trouble(self.built, hyper.solves)
@@ -561,7 +625,8 @@ class Runner:
         """The gradients of a level's replicas, whose random numbers come from the step's seed."""
         trainer, own = self._trainers[name], ctx.with_own_generator()
         with randomness_set_aside(), torch.enable_grad():
-            point = step_point(self.built, name, batches, own, trainer.step_seed)
+            scale = trainer.own_scale
+            point = step_point(self.built, name, batches, own, trainer.step_seed, scale)
             if recorder is not None and recorder.recording.keep_graph:
                 graph = recorder.differentiate(point.batches, own.generator)
                 found = trainer.adopt_graph(graph, point)
@@ -575,10 +640,14 @@ class Runner:
     ) -> dict[str, Any]:
         return {
             "batch": batches[-1].batch,
-            "grads": trainer.gradients() if self._hooks.listens_to_gradients else {},
+            "grads": trainer.gradients() if self._wants_gradients(ctx) else {},
             "loss": found.loss,
             "metrics": {**found.metrics, **ctx.logged},
         }
+
+    def _wants_gradients(self, ctx: Context) -> bool:
+        """Whether some hook takes gradients, and there are some."""
+        return self._hooks.listens_to_gradients and not ctx.skipped
 
     def _roll_back_below(self, stepped: list[str]) -> None:
         graph = self.built.graph
@@ -603,11 +672,9 @@ class Runner:
         ctx.epoch = trainer.epoch
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             found = self._differentiate(name, batches, ctx)
-            extras = self._extras(trainer, found, batches, ctx)
-            self._fire("after_backward", name, ctx, **extras)
+            ctx.skipped = trainer.overflowed(found)
             trainer.tune()
-            trainer.clip()
-            trainer.apply()
+            self._update(name, ctx, None, self._extras(trainer, found, batches, ctx))
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:

@@ -39,6 +39,7 @@ from mlodeco.runtime.optimizers import (
 )
 from mlodeco.runtime.overlap import Passes
 from mlodeco.runtime.processes import Processes
+from mlodeco.runtime.scaling import LossScale, scale_for
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -89,6 +90,8 @@ class Trainer:
         self._before_last_step = SavedRandomness()
         self._generator_before = torch.Generator().get_state()
         self.step_seed = 0
+        self.scale: LossScale | None = None
+        self._before_step: _BeforeStep | None = None
 
     @property
     def rule_state(self) -> Mapping[str, Any]:
@@ -127,6 +130,11 @@ class Trainer:
         batches = tuple(Drawn(self._place(batch), items) for batch, _, items in drawn)
         return batches, any(end for _, end, _ in drawn)
 
+    @property
+    def own_scale(self) -> float:
+        """The scale of the level's own loss; one unless it is in float16."""
+        return scale_for(self.level, self.scale.value) if self.scale else 1.0
+
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Puts buffers, random numbers, ``.grad`` and the solvers' memories back on an error.
@@ -134,22 +142,36 @@ class Trainer:
         Buffers of modules that belong to other levels are put back in any case: a
         level's buffers change by its own steps alone.
         """
-        grads = [(p, p.grad) for p in self.level.parameters.values()]
-        buffers = self.level.loss.buffers
-        own, foreign = (_SavedBuffers(self.level, buffers, own=own) for own in (True, False))
+        foreign = _SavedBuffers(self.level, self.level.loss.buffers, own=False)
         randomness = SavedRandomness()
-        remembered = self.memories, self._last_hypergradient
+        self._before_step = _BeforeStep(self)
         try:
             yield
         except BaseException:
             randomness.restore()
-            self.memories, self._last_hypergradient = remembered
-            own.restore()
-            for parameter, grad in grads:
-                parameter.grad = grad
+            self._before_step.restore(self)
             raise
         finally:
+            self._before_step = None
             foreign.restore()
+
+    def overflowed(self, found: Gradients) -> bool:
+        """Whether a step is to be skipped; if so all is as before it, but for random numbers.
+
+        The same in all processes, whose gradients have been averaged. Moves the scale.
+
+        Raises:
+            NonFiniteError: nothing but overflows for a long time.
+        """
+        if self.scale is None:
+            return False
+        if math.isfinite(found.loss) and math.isfinite(norm(self.gradients())):
+            self.scale.grow()
+            return False
+        if self._before_step is not None:
+            self._before_step.restore(self)
+        self.scale.shrink()
+        return True
 
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels, averaged over processes.
@@ -165,13 +187,22 @@ class Trainer:
         for number, batch in enumerate(batches, 1):
             with passes.kept_local(is_last=number == len(batches)):
                 loss, metrics = passes.call(items_for(self.level, batch, ctx))
-                total += share * require_finite(loss, self.level.name, self.level.site)
+                total += share * self._value_of(loss)
+                loss = loss if self.own_scale == 1.0 else loss * self.own_scale
                 passes.backward(loss if share == 1.0 else loss * share)
+        if self.own_scale != 1.0:
+            torch._foreach_mul_(list(self.gradients().values()), 1.0 / self.own_scale)
         self._passes = self._passes or self._choose_passes(self.level)
         averaged = passes.take_loss()
         if averaged is not None:
             return Gradients(averaged, metrics)
         return self.average(Gradients(total, metrics))
+
+    def _value_of(self, loss: Tensor) -> float:
+        """The loss as a number, which may be infinite where all processes will skip the step."""
+        if self.scale is not None:
+            return float(loss.detach())
+        return require_finite(loss, self.level.name, self.level.site)
 
     def differentiate(self, point: Point) -> Gradients:
         """The same at a point, for a level that sees replicas."""
@@ -186,8 +217,7 @@ class Trainer:
 
     def _reported(self, outcomes: list[tuple[Tensor, dict[str, Any]]], point: Point) -> Gradients:
         share = 1.0 / len(outcomes)
-        name, site = self.level.name, self.level.site
-        total = sum(share * require_finite(loss, name, site) for loss, _ in outcomes)
+        total = sum(share * self._value_of(loss) for loss, _ in outcomes)
         return Gradients(*point.reported(total, [metrics for _, metrics in outcomes]))
 
     def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
@@ -391,6 +421,23 @@ def _mean_with_loss(mean: Mean, loss: float, gradient: Tree, like: Tree) -> tupl
     known = {"loss": some.new_tensor(loss)}
     means, found = mean([known, gradient], [known, like])
     return float(means["loss"]), found
+
+
+class _BeforeStep:
+    """What the backward passes of a step may change: own buffers, ``.grad``, memories."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        level = trainer.level
+        self._grads = [(p, p.grad) for p in level.parameters.values()]
+        self._buffers = _SavedBuffers(level, level.loss.buffers, own=True)
+        self._remembered = trainer.memories, trainer._last_hypergradient
+
+    def restore(self, trainer: Trainer) -> None:
+        """Puts it all back."""
+        trainer.memories, trainer._last_hypergradient = self._remembered
+        self._buffers.restore()
+        for parameter, grad in self._grads:
+            parameter.grad = grad
 
 
 class _SavedBuffers:

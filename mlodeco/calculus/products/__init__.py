@@ -17,6 +17,7 @@ from mlodeco.calculus.products.choice import (
 from mlodeco.calculus.products.compiled import Compiler
 from mlodeco.calculus.products.difference import Difference
 from mlodeco.calculus.products.first_order import differentiate_once
+from mlodeco.calculus.products.fitted import fit_curvature, fit_linearization
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
 from mlodeco.calculus.products.shared import (
@@ -37,6 +38,8 @@ __all__ = [
     "Reverse",
     "differentiate_once",
     "first_gradient",
+    "fit_curvature",
+    "fit_linearization",
     "open_curvature",
     "open_linearization",
     "push_gradient",

@@ -13,6 +13,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.automatic import Automatic
 from mlodeco.calculus.products.compiled import COMPILED_PRODUCTS, CompiledProducts
 from mlodeco.calculus.products.difference import Difference
+from mlodeco.calculus.products.fitted import fit_curvature, fit_linearization
 from mlodeco.calculus.products.forward import Forward
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
@@ -107,8 +108,9 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         "forward": Forward,
         "difference": Difference,
     }
+    found: Curvature
     if problem.opened is not None:
-        found: Curvature = problem.opened(problem, product)
+        found = problem.opened(problem, product)
         return found
     if product in modes:
         found = _NamedCurvature(modes[product](problem), problem, product)
@@ -116,7 +118,7 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         found = Automatic(problem)
     if problem.point.compiler is not None and product in COMPILED_PRODUCTS:
         found = CompiledProducts(problem, problem.point.compiler, found)
-    return share_curvature(found, problem)
+    return fit_curvature(share_curvature(found, problem), problem)
 
 
 def open_linearization(problem: LowerProblem, product: str) -> Linearization:
@@ -133,4 +135,4 @@ def open_linearization(problem: LowerProblem, product: str) -> Linearization:
         found = Automatic(problem)
     if problem.point.compiler is not None and product in COMPILED_PRODUCTS:
         found = CompiledProducts(problem, problem.point.compiler, found)
-    return share_linearization(found, problem)
+    return fit_linearization(share_linearization(found, problem), problem)

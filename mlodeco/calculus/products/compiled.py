@@ -323,6 +323,7 @@ def _run(
     held = {name: frozen(tree) for name, tree in point.values.items() if name not in moved}
     places = _places(point)
     rest = {key: tensor for key, tensor in point.state({}).items() if key not in places}
+    scale = torch.tensor(point.scale)
 
     def run() -> tuple[Numbers, list[Any]]:
         numbers: list[int] = []
@@ -330,7 +331,7 @@ def _run(
         with _compiling():
             for number, items in enumerate(point.batches):
                 point.begin_streams(number)
-                found.append(function(moved, held, rest, items, *more))
+                found.append(function(moved, held, rest, items, scale, *more))
                 numbers.append(compiler.latest)
         return tuple(numbers), found
 
@@ -357,13 +358,17 @@ def _compiling() -> Iterator[None]:
         yield
 
 
-def _gradient_of(point: Point) -> Callable[[Cross, Cross, State, Mapping[str, Any]], Tree]:
-    """The gradient in w, as a function of parameters, the slots of none, and items."""
+def _gradient_of(
+    point: Point,
+) -> Callable[[Cross, Cross, State, Mapping[str, Any], Tensor], Tree]:
+    """The gradient in w, as a function of parameters, the slots of none, items and the scale."""
     loss = point.loss
     called, level, places = _Called(loss), loss.level, _places(point)
     buffers = frozenset(slot.key for slot in loss.buffers)
 
-    def gradient(moved: Cross, held: Cross, rest: State, items: Mapping[str, Any]) -> Tree:
+    def gradient(
+        moved: Cross, held: Cross, rest: State, items: Mapping[str, Any], scale: Tensor
+    ) -> Tree:
         values = {**held, **moved}
 
         def scalar(own: Tree) -> Tensor:
@@ -373,7 +378,7 @@ def _gradient_of(point: Point) -> Callable[[Cross, Cross, State, Mapping[str, An
                 # a copy inside of the derivatives, which a pass may update
                 state[f"slots.{slot}"] = tensor.clone() if slot in buffers else tensor
             value: Tensor = functional_call(called, state, (items,), tie_weights=False)
-            return value
+            return value * scale
 
         found: Tree = grad(scalar)(values[level])
         return found
@@ -381,12 +386,21 @@ def _gradient_of(point: Point) -> Callable[[Cross, Cross, State, Mapping[str, An
     return gradient
 
 
-def _pull_of(point: Point) -> Callable[[Cross, Cross, State, Mapping[str, Any], Tree], Cross]:
+def _pull_of(
+    point: Point,
+) -> Callable[[Cross, Cross, State, Mapping[str, Any], Tensor, Tree], Cross]:
     """The vjp of that gradient in the trees moved, as a function of the direction too."""
     gradient = _gradient_of(point)
 
-    def pull(moved: Cross, held: Cross, rest: State, items: Mapping[str, Any], v: Tree) -> Cross:
-        found: Cross = vjp(lambda trees: gradient(trees, held, rest, items), moved)[1](v)[0]
+    def pull(
+        moved: Cross,
+        held: Cross,
+        rest: State,
+        items: Mapping[str, Any],
+        scale: Tensor,
+        v: Tree,
+    ) -> Cross:
+        found: Cross = vjp(lambda trees: gradient(trees, held, rest, items, scale), moved)[1](v)[0]
         return found
 
     return pull

@@ -60,7 +60,7 @@ class Reverse:
             found: list[Tree] = []
             self.outcomes = []
             for loss, metrics in self._problem.point.losses():
-                self.outcomes.append((loss.detach(), metrics))
+                self.outcomes.append((self._problem.point.unscaled(loss), metrics))
                 is_live = loss.requires_grad
                 found.append(gradient(loss, self._own, create_graph=True) if is_live else {})
             return found
@@ -98,8 +98,8 @@ class Reverse:
         return self._into_trees(self._pull_back_and_free(v, inputs), self._targets)
 
     def gradient(self) -> Tree:
-        """The mean of the graph's gradients over micro-batches."""
-        share = 1.0 / len(self._gradients)
+        """The mean of the graph's gradients over micro-batches, those of the losses as they are."""
+        share = 1.0 / (len(self._gradients) * self._problem.point.scale)
         found: Tree = {}
         for tree in self._gradients:
             found = add(found, frozen(tree), share)
