@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Tree = dict[str, Tensor]
 
@@ -50,6 +52,9 @@ def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float =
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """The inner product over the common keys, free of overflow and underflow like :func:`norm`."""
+    if spread := [key for key in left if key in right and _is_spread(left[key])]:
+        rest = {key: value for key, value in left.items() if key not in spread}
+        return dot(rest, right) + sum(_dot_of_spread(left[key], right[key]) for key in spread)
     pairs = [(left[key].reshape(-1), right[key].reshape(-1)) for key in left if key in right]
     if not pairs:
         return 0.0
@@ -80,9 +85,13 @@ def norm(tree: Mapping[str, Tensor]) -> float:
     """The Euclidean norm of all the entries together, free of overflow and underflow.
 
     Accumulated at least in single precision; again in double where that does not suffice.
+    Tensors of which each process holds a part count whole, by one collective each.
     """
     if not tree:
         return 0.0
+    if spread := {key: value for key, value in tree.items() if _is_spread(value)}:
+        rest = {key: value for key, value in tree.items() if key not in spread}
+        return math.hypot(norm(rest), _norm_of_spread(list(spread.values())))
     values = list(tree.values())
     kinds = {value.dtype for value in values}
     size = _norm(values, _wide(values[0]) if len(kinds) > 1 else _SINGLE.get(values[0].dtype))
@@ -109,9 +118,27 @@ def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:
     return math.hypot(*parts.tolist())
 
 
+def _is_spread(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether it is a part of a tensor of several processes, a ``DTensor``."""
+    return type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "full_tensor")
+
+
+def _norm_of_spread(values: list[Any]) -> float:
+    """In double precision, in which numbers of a single one neither overflow nor vanish."""
+    parts = torch._foreach_norm(values, 2, dtype=_wide(values[0]))
+    return math.hypot(*(float(cast(Any, part).full_tensor()) for part in parts))
+
+
+def _dot_of_spread(left: Any, right: Any) -> float:
+    wide = _wide(left)
+    return float((left.to(wide) * right.to(wide)).sum().full_tensor())
+
+
 def is_zero(tree: Mapping[str, Tensor]) -> bool:
     """Whether all entries are zero; one that is not, among the last, settles it at once."""
     for value in reversed(list(tree.values())):
+        if _is_spread(value):
+            break
         if value.numel() and value[(-1,) * value.dim()] != 0.0:
             return False
     return norm(tree) == 0.0

@@ -16,6 +16,7 @@ from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomness_set_aside
+from mlodeco.calculus.response import Method
 from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.calculus.tape import Tape
@@ -25,6 +26,8 @@ from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.fsdp import shard_like, whole_tree
+from mlodeco.runtime.in_place import beside_shards, needs_no_whole
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, take_loops
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
@@ -82,8 +85,9 @@ def compute_hypergradient(
     if nested:
         _refuse_copies(built, involved)
         _refuse_steps_in(built, built.nest(top, methods))
-    with randomness_set_aside(), torch.enable_grad():
-        values = built.values({name for lv in involved for name in built.levels[lv].seen})
+    seen = dict.fromkeys(name for lv in involved for name in built.levels[lv].seen)
+    whole = nested or not all(map(needs_no_whole, _methods_of(built, top, methods)))
+    with randomness_set_aside(), torch.enable_grad(), built.opened(seen, whole=whole) as values:
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
         points = {
@@ -92,7 +96,8 @@ def compute_hypergradient(
         }
         for name in involved:
             probe(built, built.levels[name], points[name], nested=nested)
-        points = {name: replace(point, mean=mean) for name, point in points.items()}
+        shared = mean if mean is None or whole else beside_shards(mean)
+        points = {name: replace(point, mean=shared) for name, point in points.items()}
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if loops:
             wanted = recordings(built, chosen, top)
@@ -109,7 +114,32 @@ def compute_hypergradient(
             points = {name: _moved(point, tapes, buffers) for name, point in points.items()}
         if nested:
             return differentiate_nested(built.nest(top, methods), points, open_edges)
-        return sweep(built.plan(top, methods), points, open_edges, memories, tapes)
+        kept = _gathered(memories or {}) if whole else memories
+        found = sweep(built.plan(top, methods), points, open_edges, kept, tapes)
+        return replace(found, memories=_sharded(built, found.memories))
+
+
+def _methods_of(built: Build, top: str, methods: Methods | None) -> list[Method | None]:
+    """Those of the edges of a sweep."""
+    chosen = built.methods if methods is None else methods
+    return [chosen[edge] for edge in built.plan(top, methods).edges]
+
+
+def _gathered(memories: Memories) -> Memories:
+    return {
+        key: {what: whole_tree(tree) for what, tree in memory.items()}
+        for key, memory in memories.items()
+    }
+
+
+def _sharded(built: Build, memories: Memories) -> Memories:
+    """What methods keep of sharded levels, each process its part."""
+    return {
+        (name, number): {
+            what: shard_like(tree, built.levels[name].parameters) for what, tree in memory.items()
+        }
+        for (name, number), memory in memories.items()
+    }
 
 
 def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
@@ -172,8 +202,8 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
     level = built.levels[name]
     if level.is_probed:
         return
-    values = built.values(level.seen)
-    with preserved_randomness(), torch.enable_grad():
+    opened = built.opened(level.seen, whole=False)
+    with preserved_randomness(), torch.enable_grad(), opened as values:
         point = make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
         probe(built, level, point)
 

@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from mlodeco.errors import RunError
+from mlodeco.runtime.sharding import check_plugin
 
 _AVAILABLE = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
 )
 
 
@@ -67,6 +69,7 @@ def _check(accelerator: Accelerator) -> None:
             expected="plain data parallel processes, on CPUs or one GPU each.",
             remedy="launch with accelerate launch --multi_gpu, or torchrun.",
         )
+    check_plugin(accelerator)
     if accelerator.mixed_precision != "no":
         raise RunError(
             f"mixed_precision={accelerator.mixed_precision!r} is not available in this version.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from mlodeco.runtime.engine import (
     step_point,
     warn_of_nested_paths,
 )
+from mlodeco.runtime.fsdp import is_shard
 from mlodeco.runtime.functional import check_nested
 from mlodeco.runtime.history import (
     History,
@@ -44,11 +45,13 @@ from mlodeco.runtime.history import (
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
-from mlodeco.runtime.optimizers import warn_if_flat
+from mlodeco.runtime.optimizers import make_optimizer, warn_if_flat
 from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
+from mlodeco.runtime.shards import drawn_alike
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -161,11 +164,8 @@ class Runner:
 
     def _set_up(self, registry: Registry, seed: int | None) -> None:
         """Builds the program and everything that steps it."""
-        self.built: Build = build(registry)
         device = self._accelerator.device
-        for level in self.built.levels.values():
-            place_level(level, device)
-        self._start_alike()
+        self.built: Build = self._build(registry)
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         processes = self._processes
@@ -189,6 +189,21 @@ class Runner:
             # small numbers: a stream on a CPU is seeded by the lowest 32 bits
             own = self._run_seed + number + 1_000_003 * processes.rank
             generator.manual_seed(own % 2**63)
+
+    def _build(self, registry: Registry) -> Build:
+        """Builds the program, the same in all processes, placed and sharded."""
+        processes, accelerator = self._processes, self._accelerator
+        # a module that is sharded as it is made keeps of each process's numbers a part
+        with drawn_alike(processes) if processes.count > 1 else nullcontext():
+            built = build(registry)
+        to_shard = levels_to_shard(built, accelerator)
+        for level in built.levels.values():
+            if all(level.module is not other.module for other in to_shard):
+                place_level(level, accelerator.device)
+        self._start_alike(built)
+        for level in to_shard:
+            shard_level(level, make_optimizer(level), accelerator)
+        return build(registry) if to_shard else built
 
     def _make_recorders(self) -> dict[str, Recorder]:
         """What records the steps of the levels that some method differentiates through."""
@@ -216,18 +231,18 @@ class Runner:
             return seed_of(self.built, name, (rank, name, self._schedule.steps[name], ""))
         return self._trainers[name].step_seed if self.built.levels[name].copied else None
 
-    def _start_alike(self) -> None:
-        """Gives all processes the parameters and buffers of the main one."""
+    def _start_alike(self, built: Build) -> None:
+        """Gives all processes the parameters and buffers of the main one, but not its shards."""
         if self._processes.count == 1:
             return
         found: list[tuple[str, torch.Tensor]] = []
-        for name, level in self.built.levels.items():
+        for name, level in built.levels.items():
             module = level.module
             tensors = (*level.parameters.items(), *module.named_parameters())
             found += [(f"{name}: {key}", t) for key, t in (*tensors, *module.named_buffers())]
         shapes = [[name, list(t.shape), str(t.dtype)] for name, t in found]
         require_same(self._processes, "the names and shapes of parameters and buffers", shapes)
-        self._processes.copy_from_main([t for _, t in found])
+        self._processes.copy_from_main([t for _, t in found if not is_shard(t)])
 
     def _compare_notes(self) -> None:
         """Gives all processes the buffers of the main one, which each process's own data moved.
@@ -239,7 +254,8 @@ class Runner:
         levels = self.built.levels
         modules = (level.module for level in levels.values())
         self._processes.copy_from_main([b for module in modules for b in module.buffers()])
-        tensors = {name: level.parameters.values() for name, level in levels.items()}
+        # a shard is in one process alone
+        tensors = {name: plain_part(lv.parameters).values() for name, lv in levels.items()}
         sums = {name: [float(t.detach().sum()).hex() for t in ts] for name, ts in tensors.items()}
         found = self._processes.exchange(sums)
         drifted = [name for name in levels if any(one[name] != found[0][name] for one in found)]

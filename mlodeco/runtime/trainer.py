@@ -27,6 +27,7 @@ from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, items_for
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.fsdp import explained, leaves, rest
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
     fresh_state,
@@ -36,6 +37,7 @@ from mlodeco.runtime.optimizers import (
     read_step,
 )
 from mlodeco.runtime.processes import Processes
+from mlodeco.runtime.sharding import plain_part, require_plain
 from mlodeco.runtime.shards import shard
 from mlodeco.tree import Tree, dot, norm
 
@@ -123,6 +125,7 @@ class Trainer:
         try:
             yield
         except BaseException:
+            rest(self.level.loss.module)
             randomness.restore()
             self.memories, self._last_hypergradient = remembered
             own.restore()
@@ -134,16 +137,24 @@ class Trainer:
 
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels."""
-        parameters = list(self.level.parameters.values())
+        module = self.level.loss.module
+        rest(module)
+        parameters: list[Tensor] = list(self.level.parameters.values())
         for parameter in parameters:
             parameter.grad = None
         share = 1.0 / len(batches)
         total = 0.0
         metrics: dict[str, Any] = {}
         for batch in batches:
-            loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
+            with explained():
+                loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
             total += share * require_finite(loss, self.level.name, self.level.site)
+            if self.level.is_sharded:
+                require_plain(loss, self.level.loss)
+                # FSDP takes what reaches these to the shards, averaged over processes
+                parameters = [*plain_part(self.level.parameters).values(), *leaves(module)]
             torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
+        rest(module)
         return Gradients(total, metrics)
 
     def differentiate(self, point: Point) -> Gradients:
@@ -181,9 +192,10 @@ class Trainer:
         mean = self._processes.mean
         if mean is None:
             return found
-        parameters = {name: p.detach() for name, p in self.level.parameters.items()}
-        loss, gradient = _mean_with_loss(mean, found.loss, self.gradients(), parameters)
-        self._assign(gradient)
+        parameters = plain_part({n: p.detach() for n, p in self.level.parameters.items()})
+        gradients = self.gradients()
+        loss, gradient = self._mean_with_loss(mean, found.loss, plain_part(gradients), parameters)
+        self._assign(gradients | gradient)
         return replace(found, loss=loss)
 
     def average_hypergradient(self, found: Hypergradient) -> Hypergradient:
@@ -192,8 +204,16 @@ class Trainer:
         if mean is None:
             return found
         parameters = {name: p.detach() for name, p in self.level.parameters.items()}
-        loss, gradient = _mean_with_loss(mean, found.loss, found.gradient, parameters)
+        loss, gradient = self._mean_with_loss(mean, found.loss, found.gradient, parameters)
         return replace(found, loss=loss, gradient=gradient, size=norm(gradient))
+
+    def _mean_with_loss(
+        self, mean: Mean, loss: float, gradient: Tree, like: Tree
+    ) -> tuple[float, Tree]:
+        some = next(iter(self.level.parameters.values()))
+        known = {"loss": torch.tensor(loss, dtype=some.dtype, device=some.device)}
+        means, found = mean([known, gradient], [known, like])
+        return float(means["loss"]), found
 
     def turn_of(self, found: Hypergradient) -> float | None:
         """The cosine with the last hypergradient, which this one then replaces."""
@@ -224,7 +244,10 @@ class Trainer:
         self._require_finite(size)
         factor = clip_factor(size, bound)
         if factor != 1.0:
-            torch._foreach_mul_(list(grads.values()), factor)
+            plain = plain_part(grads)
+            shards = {key: g for key, g in grads.items() if key not in plain}
+            for part in filter(None, (plain, shards)):
+                torch._foreach_mul_(list(part.values()), factor)
         return size
 
     def _clip_each(self, grads: dict[str, Tensor]) -> float:
@@ -337,6 +360,7 @@ class Trainer:
         """
         if self._snapshot is None:
             return
+        rest(self.level.module)
         present = _Snapshot(self)
         self._snapshot.restore(self)
         now, generator_now = SavedRandomness(), generator.get_state()
@@ -350,13 +374,6 @@ class Trainer:
         finally:
             now.restore()
             generator.set_state(generator_now)
-
-
-def _mean_with_loss(mean: Mean, loss: float, gradient: Tree, like: Tree) -> tuple[float, Tree]:
-    some = next(iter(like.values()))
-    known = {"loss": some.new_tensor(loss)}
-    means, found = mean([known, gradient], [known, like])
-    return float(means["loss"]), found
 
 
 class _SavedBuffers:
