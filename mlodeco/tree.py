@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """The inner product over the common keys, free of overflow and underflow like :func:`norm`."""
     if spread := [key for key in left if key in right and _is_spread(left[key])]:
         rest = {key: value for key, value in left.items() if key not in spread}
-        return dot(rest, right) + sum(_dot_of_spread(left[key], right[key]) for key in spread)
+        return dot(rest, right) + _dot_of_spread([(left[key], right[key]) for key in spread])
     pairs = [(left[key].reshape(-1), right[key].reshape(-1)) for key in left if key in right]
     if not pairs:
         return 0.0
@@ -85,13 +85,13 @@ def norm(tree: Mapping[str, Tensor]) -> float:
     """The Euclidean norm of all the entries together, free of overflow and underflow.
 
     Accumulated at least in single precision; again in double where that does not suffice.
-    Tensors of which each process holds a part count whole, by one collective each.
+    Tensors of which each process holds a part count whole, by one collective for all.
     """
     if not tree:
         return 0.0
     if spread := {key: value for key, value in tree.items() if _is_spread(value)}:
         rest = {key: value for key, value in tree.items() if key not in spread}
-        return math.hypot(norm(rest), _norm_of_spread(list(spread.values())))
+        return math.hypot(norm(rest), math.sqrt(_dot_of_spread([(v, v) for v in spread.values()])))
     values = list(tree.values())
     kinds = {value.dtype for value in values}
     size = _norm(values, _wide(values[0]) if len(kinds) > 1 else _SINGLE.get(values[0].dtype))
@@ -123,15 +123,14 @@ def _is_spread(tensor: Tensor) -> TypeGuard[Any]:
     return type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "full_tensor")
 
 
-def _norm_of_spread(values: list[Any]) -> float:
-    """In double precision, in which numbers of a single one neither overflow nor vanish."""
-    parts = torch._foreach_norm(values, 2, dtype=_wide(values[0]))
-    return math.hypot(*(float(cast(Any, part).full_tensor()) for part in parts))
+def _dot_of_spread(pairs: list[tuple[Any, Any]]) -> float:
+    """In double precision, in which squares of single one neither overflow nor vanish.
 
-
-def _dot_of_spread(left: Any, right: Any) -> float:
-    wide = _wide(left)
-    return float((left.to(wide) * right.to(wide)).sum().full_tensor())
+    The parts of a sum are added up in each process before they are over processes.
+    """
+    wide = _wide(pairs[0][0])
+    parts: Any = sum((left.to(wide) * right.to(wide)).sum() for left, right in pairs)
+    return float(parts.full_tensor())
 
 
 def is_zero(tree: Mapping[str, Tensor]) -> bool:

@@ -17,21 +17,21 @@ from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
 from tests.parallel_worker import CASES, bilevel, samples, train, validated
 
 ROOT = Path(__file__).parent.parent
-WORKER = ("-m", "tests.parallel_worker")
+WORKER = "tests.parallel_worker"
 
 
 def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(out, what, count=2):
+def launch(out, what, count=2, worker=WORKER):
     """Starts the worker as a launcher would; what each left, with its exit status and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     started = [
         subprocess.Popen(
-            [sys.executable, *WORKER, str(out), what],
+            [sys.executable, "-m", worker, str(out), what],
             env=environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),

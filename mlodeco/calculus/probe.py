@@ -64,7 +64,7 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) ->
         with _KeepsToItsTask(loss.level, loss.site):
             value, _ = next(point.losses())
         found = _leaves(value.grad_fn)
-        return found if loss.shards is None else loss.shards.reached(found)
+        return found if loss.shards is None else loss.shards.reached(value, found)
 
     with preserved_randomness():
         reached = loss.within(point.state(values), evaluate)

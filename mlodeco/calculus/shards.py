@@ -31,5 +31,5 @@ class Shards(Protocol):
         Inputs that the loss does not depend on are left out.
         """
 
-    def reached(self, leaves: set[int]) -> set[int]:
-        """The identities of leaves of a graph, and those of the shards that some stand for."""
+    def reached(self, output: Tensor, leaves: set[int]) -> set[int]:
+        """The identities of leaves of a loss's graph, and of the shards that some stand for."""

@@ -32,6 +32,7 @@ from mlodeco.runtime.loops import items_of, recordings, require_differentiable, 
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
 from mlodeco.runtime.replicas import copies_of, part_of_each, settle_way
+from mlodeco.tree import Tree
 
 Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
@@ -113,10 +114,11 @@ def compute_hypergradient(
             tapes, buffers = take_loops(built, items, wanted, points)
             points = {name: _moved(point, tapes, buffers) for name, point in points.items()}
         if nested:
-            return differentiate_nested(built.nest(top, methods), points, open_edges)
+            nest = built.nest(top, methods)
+            return _in_parts(built, differentiate_nested(nest, points, open_edges))
         kept = _gathered(memories or {}) if whole else memories
         found = sweep(built.plan(top, methods), points, open_edges, kept, tapes)
-        return replace(found, memories=_sharded(built, found.memories))
+        return _in_parts(built, found)
 
 
 def _methods_of(built: Build, top: str, methods: Methods | None) -> list[Method | None]:
@@ -132,14 +134,21 @@ def _gathered(memories: Memories) -> Memories:
     }
 
 
-def _sharded(built: Build, memories: Memories) -> Memories:
-    """What methods keep of sharded levels, each process its part."""
-    return {
-        (name, number): {
-            what: shard_like(tree, built.levels[name].parameters) for what, tree in memory.items()
-        }
-        for (name, number), memory in memories.items()
+def _in_parts(built: Build, found: Hypergradient) -> Hypergradient:
+    """What solvers found and methods keep of sharded levels, each process its part."""
+
+    def part(level: str, tree: Tree) -> Tree:
+        return shard_like(tree, built.levels[level].parameters)
+
+    solves = [
+        replace(s, solution=replace(s.solution, value=part(s.level, s.solution.value)))
+        for s in found.solves
+    ]
+    memories = {
+        (level, number): {what: part(level, tree) for what, tree in memory.items()}
+        for (level, number), memory in found.memories.items()
     }
+    return replace(found, solves=tuple(solves), memories=memories)
 
 
 def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:

@@ -91,8 +91,9 @@ class ShardsInPlace:
             tensor.grad = None
         return found
 
-    def reached(self, leaves: set[int]) -> set[int]:
+    def reached(self, output: Tensor, leaves: set[int]) -> set[int]:
         """With the shards whose whole parameters are among the leaves."""
+        require_plain(output, self._loss)
         found = {
             id(one.sharded_param)
             for group in groups(self._loss.module)
@@ -103,7 +104,8 @@ class ShardsInPlace:
 
 
 def _local(shard: Tensor) -> Tensor:
-    return shard.detach().to_local() if is_shard(shard) else shard
+    """The part of this process, in the storage of the shard."""
+    return shard.to_local().detach() if is_shard(shard) else shard
 
 
 def can_stay(level: BuiltLevel) -> bool:
