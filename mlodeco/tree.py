@@ -52,9 +52,9 @@ def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float =
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """The inner product over the common keys, free of overflow and underflow like :func:`norm`."""
-    if spread := [key for key in left if key in right and _is_spread(left[key])]:
-        rest = {key: value for key, value in left.items() if key not in spread}
-        return dot(rest, right) + _dot_of_spread([(left[key], right[key]) for key in spread])
+    if shards := [key for key in left if key in right and is_shard(left[key])]:
+        rest = {key: value for key, value in left.items() if key not in shards}
+        return dot(rest, right) + _dot_of_shards([(left[key], right[key]) for key in shards])
     pairs = [(left[key].reshape(-1), right[key].reshape(-1)) for key in left if key in right]
     if not pairs:
         return 0.0
@@ -89,9 +89,9 @@ def norm(tree: Mapping[str, Tensor]) -> float:
     """
     if not tree:
         return 0.0
-    if spread := {key: value for key, value in tree.items() if _is_spread(value)}:
-        rest = {key: value for key, value in tree.items() if key not in spread}
-        return math.hypot(norm(rest), math.sqrt(_dot_of_spread([(v, v) for v in spread.values()])))
+    if shards := {key: value for key, value in tree.items() if is_shard(value)}:
+        rest = {key: value for key, value in tree.items() if key not in shards}
+        return math.hypot(norm(rest), math.sqrt(_dot_of_shards([(v, v) for v in shards.values()])))
     values = list(tree.values())
     kinds = {value.dtype for value in values}
     size = _norm(values, _wide(values[0]) if len(kinds) > 1 else _SINGLE.get(values[0].dtype))
@@ -118,12 +118,12 @@ def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:
     return math.hypot(*parts.tolist())
 
 
-def _is_spread(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether it is a part of a tensor of several processes, a ``DTensor``."""
+def is_shard(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether a process holds a part of it alone: a ``DTensor``, known by its way to the whole."""
     return type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "full_tensor")
 
 
-def _dot_of_spread(pairs: list[tuple[Any, Any]]) -> float:
+def _dot_of_shards(pairs: list[tuple[Any, Any]]) -> float:
     """In double precision, in which squares of single one neither overflow nor vanish.
 
     The parts of a sum are added up in each process before they are over processes.
@@ -136,7 +136,7 @@ def _dot_of_spread(pairs: list[tuple[Any, Any]]) -> float:
 def is_zero(tree: Mapping[str, Tensor]) -> bool:
     """Whether all entries are zero; one that is not, among the last, settles it at once."""
     for value in reversed(list(tree.values())):
-        if _is_spread(value):
+        if is_shard(value):
             break
         if value.numel() and value[(-1,) * value.dim()] != 0.0:
             return False

@@ -26,7 +26,7 @@ from torch.optim import SGD, Adam
 import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.hypergrad import CG, Identity, Neumann, Nystrom
-from mlodeco.runtime import fsdp
+from mlodeco.runtime import board, fsdp
 from tests.parallel_worker import loader, vector
 
 STEPS = 12
@@ -302,7 +302,7 @@ def survivors():
             ]
         )
 
-    Runner(program, seed=3).run(FEW)
+    Runner(program, seed=3).run(2)
     return seen
 
 
@@ -425,6 +425,19 @@ def set_kind(kind):
         state._shared_state["distributed_type"] = kind
 
 
+def failing():
+    """One process fails where the other has begun to gather."""
+    program = bilevel("neumann", 2, "sharded")
+
+    @program.on("before_step", level="top")
+    def fail(ctx):
+        if ctx.tick == 2 and ctx.processes.rank == 1:
+            raise ValueError("words of my own")
+
+    with patch.object(board, "_FAREWELL", 1.0):
+        return message_of(partial(Runner(program).run, 3))
+
+
 def message_of(function):
     try:
         function()
@@ -519,4 +532,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore", mlodeco.MlodecoWarning)
     torch.set_num_threads(1)
     found = everything()
+    found["failing"] = failing()
     torch.save(found, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

@@ -36,7 +36,7 @@ from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep, see
 from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.fsdp import gathered, rest, units
-from mlodeco.runtime.in_place import ShardsInPlace, can_stay
+from mlodeco.runtime.in_place import ShardsInPlace
 from mlodeco.runtime.initial import (
     check_copies,
     check_starts,
@@ -261,10 +261,10 @@ class Build:
         Args:
             levels: their names.
             whole: whether sharded levels are gathered, and shown whole by their modules
-                meanwhile. They are in any case where passes cannot leave them sharded.
+                meanwhile.
         """
         values = self.values(levels)
-        if not whole and all(can_stay(self.levels[name]) for name in values):
+        if not whole:
             yield values
             return
         modules = [self.levels[name].module for name in values if self.levels[name].is_sharded]

@@ -27,7 +27,7 @@ from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.fsdp import shard_like, whole_tree
-from mlodeco.runtime.in_place import beside_shards, needs_no_whole
+from mlodeco.runtime.in_place import beside_shards, must_gather
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, take_loops
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
@@ -87,7 +87,8 @@ def compute_hypergradient(
         _refuse_copies(built, involved)
         _refuse_steps_in(built, built.nest(top, methods))
     seen = dict.fromkeys(name for lv in involved for name in built.levels[lv].seen)
-    whole = nested or not all(map(needs_no_whole, _methods_of(built, top, methods)))
+    used = [None] if nested else _methods_of(built, top, methods)
+    whole = must_gather((built.levels[name] for name in seen), used)
     with randomness_set_aside(), torch.enable_grad(), built.opened(seen, whole=whole) as values:
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
@@ -211,7 +212,8 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
     level = built.levels[name]
     if level.is_probed:
         return
-    opened = built.opened(level.seen, whole=False)
+    whole = must_gather(built.levels[seen] for seen in level.seen)
+    opened = built.opened(level.seen, whole=whole)
     with preserved_randomness(), torch.enable_grad(), opened as values:
         point = make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
         probe(built, level, point)

@@ -2,28 +2,24 @@
 
 A *shard* is the part that a process holds of a parameter, a ``DTensor``. A *unit* is a module on
 which ``fully_shard`` was called: it shows whole parameters inside its own forward and backward
-alone.
+alone. torch's package for it is imported by those who shard: it takes half a second.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-from torch.distributed.tensor import DTensor
 
-from mlodeco.tree import Tree
+from mlodeco.tree import Tree, is_shard
 
-
-def is_shard(tensor: object) -> TypeGuard[DTensor]:
-    """Whether a process holds a part of a tensor alone."""
-    return isinstance(tensor, DTensor)
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -41,22 +37,30 @@ def shard_like(tree: Tree, parameters: Mapping[str, Tensor]) -> Tree:
     return {key: _shard(value, parameters.get(key)) for key, value in tree.items()}
 
 
-def _shard(value: Tensor, like: Tensor | None) -> Tensor:
-    if not is_shard(like) or is_shard(value) or value.shape != like.shape:
-        return value
-    made = DTensor.from_local(value, like.device_mesh, run_check=False)
-    return made.redistribute(placements=like.placements).clone()
+def _shard(value: Tensor, like: Any) -> Tensor:
+    if like is not None and is_shard(like) and not is_shard(value) and value.shape == like.shape:
+        from torch.distributed.tensor import DTensor
+
+        made = DTensor.from_local(value, like.device_mesh, run_check=False)
+        return made.redistribute(placements=like.placements).clone()
+    return value
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module."""
+    known = sys.modules.get("torch.distributed.fsdp")
+    return known is not None and isinstance(module, known.FSDPModule)
 
 
 def units(module: nn.Module) -> list[FSDPModule]:
     """The units in a module."""
-    return [child for child in module.modules() if isinstance(child, FSDPModule)]
+    return [cast("FSDPModule", child) for child in module.modules() if is_unit(child)]
 
 
 def roots(module: nn.Module) -> list[FSDPModule]:
     """The units in a module that are in no other one."""
-    if isinstance(module, FSDPModule):
-        return [module]
+    if is_unit(module):
+        return [cast("FSDPModule", module)]
     return [root for child in module.children() for root in roots(child)]
 
 
@@ -100,11 +104,11 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]:
         for module in given:
             rest(module)
         for child in distinct.values():
-            if isinstance(child, FSDPModule):
+            if is_unit(child):
                 stack.enter_context(_without_hooks(child))
             holder: Any = child._parameters
             for name, parameter in child._parameters.items():
-                if is_shard(parameter):
+                if parameter is not None and is_shard(parameter):
                     if id(parameter) not in known:
                         known[id(parameter)] = whole(parameter)
                     stack.callback(holder.__setitem__, name, parameter)
@@ -138,6 +142,8 @@ def _others(hooks: Any) -> Any:
 
 
 def _is_of_fsdp(hook: Any) -> bool:
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
     bound = inspect.unwrap(hook, stop=lambda found: hasattr(found, "__self__"))
     return isinstance(getattr(bound, "__self__", None), FSDPState)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,9 +15,9 @@ from mlodeco.calculus.response import Method
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.hypergrad import CG, FiniteDifference, Identity, Neumann
-from mlodeco.runtime.fsdp import explained, groups, is_shard, leaves, rest
+from mlodeco.runtime.fsdp import explained, groups, leaves, rest
 from mlodeco.runtime.sharding import plain_part, require_plain
-from mlodeco.tree import Tree
+from mlodeco.tree import Tree, is_shard
 
 if TYPE_CHECKING:
     from mlodeco.runtime.build import BuiltLevel
@@ -54,7 +54,7 @@ class ShardsInPlace:
     def _placed(self, state: State) -> Iterator[None]:
         module = self._loss.module
         rest(module)
-        slots = [slot for slot in self._loss.parameters if is_shard(state.get(slot.key))]
+        slots = [slot for slot in self._loss.parameters if is_shard(state[slot.key])]
         real = {id(state[slot.key]): slot.tensor for slot in slots}
         moved = {
             id(slot.tensor): (_local(slot.tensor), _local(state[slot.key]))
@@ -108,13 +108,19 @@ def _local(shard: Tensor) -> Tensor:
     return shard.to_local().detach() if is_shard(shard) else shard
 
 
-def can_stay(level: BuiltLevel) -> bool:
-    """Whether passes over a level can leave it sharded: wholly, and computed in its own dtype."""
+def must_gather(levels: Iterable[BuiltLevel], methods: Iterable[Method | None] = ()) -> bool:
+    """Whether stateless passes over levels need some of them whole, as the methods take them."""
+    sharded = [level for level in levels if level.is_sharded]
+    return bool(sharded) and not (all(map(_can_stay, sharded)) and all(map(_can_use, methods)))
+
+
+def _can_stay(level: BuiltLevel) -> bool:
+    """Whether FSDP computes in the level's dtype, and no parameter is whole beside its shards."""
     has_own_dtype = all(g.mp_policy.param_dtype is None for g in groups(level.module))
-    return not level.is_sharded or (has_own_dtype and not plain_part(level.parameters))
+    return has_own_dtype and not plain_part(level.parameters)
 
 
-def needs_no_whole(method: Method | None) -> bool:
+def _can_use(method: Method | None) -> bool:
     """Whether a method takes gradients alone, and sums of trees."""
     by_differences = getattr(method, "product", "difference") == "difference"
     return isinstance(method, FiniteDifference | Identity | Neumann | CG) and by_differences

@@ -21,7 +21,7 @@ from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.errors import DriftWarning, MlodecoError, MlodecoWarning, RunError, counted, quoted
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
-from mlodeco.runtime.build import Build, build
+from mlodeco.runtime.build import Build, BuiltLevel, build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
@@ -32,7 +32,6 @@ from mlodeco.runtime.engine import (
     step_point,
     warn_of_nested_paths,
 )
-from mlodeco.runtime.fsdp import is_shard
 from mlodeco.runtime.functional import check_nested
 from mlodeco.runtime.history import (
     History,
@@ -55,6 +54,7 @@ from mlodeco.runtime.shards import drawn_alike
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
+from mlodeco.tree import is_shard
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Runner:
         for level in built.levels.values():
             if all(level.module is not other.module for other in to_shard):
                 place_level(level, accelerator.device)
-        self._start_alike(built)
+        self._start_alike(built, to_shard)
         for level in to_shard:
             shard_level(level, make_optimizer(level), accelerator)
         return build(registry) if to_shard else built
@@ -231,8 +231,11 @@ class Runner:
             return seed_of(self.built, name, (rank, name, self._schedule.steps[name], ""))
         return self._trainers[name].step_seed if self.built.levels[name].copied else None
 
-    def _start_alike(self, built: Build) -> None:
-        """Gives all processes the parameters and buffers of the main one, but not its shards."""
+    def _start_alike(self, built: Build, to_shard: list[BuiltLevel]) -> None:
+        """Gives all processes the parameters and buffers of the main one, but not its shards.
+
+        Those of levels that will be sharded one after another: a device may not hold them all.
+        """
         if self._processes.count == 1:
             return
         found: list[tuple[str, torch.Tensor]] = []
@@ -242,7 +245,11 @@ class Runner:
             found += [(f"{name}: {key}", t) for key, t in (*tensors, *module.named_buffers())]
         shapes = [[name, list(t.shape), str(t.dtype)] for name, t in found]
         require_same(self._processes, "the names and shapes of parameters and buffers", shapes)
-        self._processes.copy_from_main([t for _, t in found if not is_shard(t)])
+        modules = [level.module for level in to_shard]
+        alone = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+        rest = [t for _, t in found if not is_shard(t) and id(t) not in alone]
+        for part in (rest, *([t] for t in alone.values())):
+            self._processes.copy_from_main(part)
 
     def _compare_notes(self) -> None:
         """Gives all processes the buffers of the main one, which each process's own data moved.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
 
 from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.errors import LossError, MethodError, ModuleError, RunError, quoted
-from mlodeco.runtime.fsdp import groups, is_shard, units
+from mlodeco.runtime.fsdp import groups, units
+from mlodeco.tree import is_shard
 
 K = TypeVar("K")
 
@@ -33,7 +33,7 @@ def check_plugin(accelerator: Accelerator) -> None:
     dynamo: Any = accelerator.state.dynamo_plugin
     refused = {
         f"fsdp_version={plugin.fsdp_version}": not accelerator.is_fsdp2,
-        "cpu_offload": plugin.cpu_offload and not _is_no_offload(plugin.cpu_offload),
+        "cpu_offload": _is_offload(plugin.cpu_offload),
         "activation_checkpointing": plugin.activation_checkpointing,
         f"a dynamo backend, {dynamo.backend.value},": dynamo.backend != DynamoBackend.NO,
     }
@@ -47,8 +47,10 @@ def check_plugin(accelerator: Accelerator) -> None:
             )
 
 
-def _is_no_offload(policy: Any) -> bool:
-    return not isinstance(policy, bool) and not isinstance(policy, CPUOffloadPolicy)
+def _is_offload(policy: Any) -> bool:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return policy is True or isinstance(policy, CPUOffloadPolicy)
 
 
 def levels_to_shard(built: Build, accelerator: Accelerator) -> list[BuiltLevel]:
@@ -154,7 +156,7 @@ def _share(level: BuiltLevel, other: BuiltLevel) -> bool:
 def _check_units(level: BuiltLevel) -> None:
     world = distributed.get_world_size()
     for group in groups(level.module):
-        if isinstance(group.offload_policy, CPUOffloadPolicy):
+        if _is_offload(group.offload_policy):
             raise _error(
                 level,
                 "its module is sharded with CPUOffloadPolicy.",

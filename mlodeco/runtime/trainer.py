@@ -125,7 +125,7 @@ class Trainer:
         try:
             yield
         except BaseException:
-            rest(self.level.loss.module)
+            self._rest()
             randomness.restore()
             self.memories, self._last_hypergradient = remembered
             own.restore()
@@ -137,8 +137,7 @@ class Trainer:
 
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels."""
-        module = self.level.loss.module
-        rest(module)
+        self._rest()
         parameters: list[Tensor] = list(self.level.parameters.values())
         for parameter in parameters:
             parameter.grad = None
@@ -148,14 +147,23 @@ class Trainer:
         for batch in batches:
             with explained():
                 loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
-            total += share * require_finite(loss, self.level.name, self.level.site)
             if self.level.is_sharded:
                 require_plain(loss, self.level.loss)
-                # FSDP takes what reaches these to the shards, averaged over processes
-                parameters = [*plain_part(self.level.parameters).values(), *leaves(module)]
+                parameters = self._whole_parameters()
+            total += share * require_finite(loss, self.level.name, self.level.site)
             torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
-        rest(module)
+        self._rest()
         return Gradients(total, metrics)
+
+    def _whole_parameters(self) -> list[Tensor]:
+        """Where backward passes of a sharded level end; FSDP averages what it takes to shards."""
+        plain = plain_part(self.level.parameters)
+        return [*plain.values(), *leaves(self.level.module)]
+
+    def _rest(self) -> None:
+        """Puts sharded modules that the loss sees to rest."""
+        if self.level.loss.shards is not None:
+            rest(self.level.loss.module)
 
     def differentiate(self, point: Point) -> Gradients:
         """The same at a point, for a level that sees replicas."""
@@ -360,7 +368,7 @@ class Trainer:
         """
         if self._snapshot is None:
             return
-        rest(self.level.module)
+        self._rest()
         present = _Snapshot(self)
         self._snapshot.restore(self)
         now, generator_now = SavedRandomness(), generator.get_state()
