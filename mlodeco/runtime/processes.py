@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from time import monotonic, sleep
 from typing import Any
@@ -27,6 +31,20 @@ _LOOK = 0.25
 
 _numbers = count()
 """Numbers of the runs, the same in all processes."""
+
+_sent: deque[weakref.ref[Tensor]] = deque(maxlen=16)
+"""What the newest collectives carry, as long as a thread of theirs holds it."""
+
+
+@atexit.register
+def _let_go() -> None:
+    """Waits for threads to drop what they carried, which needs an interpreter that still runs.
+
+    A process that exits before is aborted by torch 2.13.
+    """
+    until = monotonic() + 2.0
+    while any(tensor() is not None for tensor in _sent) and monotonic() < until:
+        sleep(0.001)
 
 
 class Processes:
@@ -98,7 +116,7 @@ class SeveralProcesses(Processes):
     def _mean(self, trees: Trees, like: Trees) -> list[Tree]:
         """One all-reduce of one flat bucket."""
         bucket = pack(trees, like)
-        self._take_part(lambda: distributed.all_reduce(bucket, async_op=True))
+        self._take_part(partial(distributed.all_reduce, async_op=True), bucket)
         return unpack(bucket.div_(self.count), like)
 
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
@@ -106,7 +124,7 @@ class SeveralProcesses(Processes):
         distinct = list({id(tensor): tensor for tensor in tensors if tensor.numel()}.values())
         if distinct:
             bucket = pack_bytes([tensor.to(self._device) for tensor in distinct])
-            self._take_part(lambda: distributed.broadcast(bucket, 0, async_op=True))
+            self._take_part(partial(distributed.broadcast, src=0, async_op=True), bucket)
             if not self.is_main:
                 unpack_bytes(bucket, distinct)
 
@@ -121,7 +139,7 @@ class SeveralProcesses(Processes):
         """One all-reduce of a number."""
         first = torch.tensor([self.rank if flag else self.count], device=self._device)
         smallest = distributed.ReduceOp.MIN
-        self._take_part(lambda: distributed.all_reduce(first, smallest, async_op=True))
+        self._take_part(partial(distributed.all_reduce, op=smallest, async_op=True), first)
         found = int(first)
         return found if found < self.count else None
 
@@ -129,9 +147,9 @@ class SeveralProcesses(Processes):
         """One all-gather; tensors of one shape on all processes. It cannot be differentiated."""
         own = tensor.detach().to(self._device)
         own = own.reshape(1) if own.dim() == 0 else own.contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.count)]
-        self._take_part(lambda: distributed.all_gather(parts, own, async_op=True))
-        return torch.cat(parts).to(tensor.device)
+        all_ = own.new_empty((self.count * own.shape[0], *own.shape[1:]))
+        self._take_part(partial(distributed.all_gather_into_tensor, async_op=True), all_, own)
+        return all_.to(tensor.device)
 
     @contextmanager
     def ended_together(self) -> Iterator[None]:
@@ -144,16 +162,17 @@ class SeveralProcesses(Processes):
                     raise self._why_lost(error) from error
                 raise
 
-    def _take_part(self, begin: Callable[[], Any]) -> None:
-        """Begins a collective and waits for it.
+    def _take_part(self, begin: Callable[..., Any], *tensors: Tensor) -> None:
+        """Begins a collective of tensors and waits for it.
 
         Raises:
             RunError: another process has failed, or is gone.
         """
         self.collectives += 1
         try:
-            work = begin()
-            self._wait(work)
+            carried = [tensor.detach() for tensor in tensors]
+            _sent.extend(map(weakref.ref, carried))
+            self._wait(begin(*carried))
         except RuntimeError as error:
             raise self._why_lost(error) from error
 
