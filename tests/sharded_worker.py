@@ -19,7 +19,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam
 
@@ -43,6 +48,10 @@ def layers(module):
     """The first layer and the rest as two units."""
     fully_shard(module[0])
     return fully_shard(module)
+
+
+def in_single_precision(module):
+    return fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
 
 
 def frozen(module):
@@ -219,6 +228,7 @@ BRIEF = {
     "frozen": partial(bilevel, "neumann", make=lambda: frozen(net())),
     "frozen, in place": partial(bilevel, "finite_difference", make=lambda: frozen(net())),
     "decay": partial(bilevel, "neumann", shard=fully_shard, decay=0.05),
+    "single precision": partial(bilevel, "finite_difference", shard=in_single_precision),
     "in part": partial(
         bilevel,
         "finite_difference",

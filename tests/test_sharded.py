@@ -27,11 +27,12 @@ def both(tmp_path_factory):
 def test_sharded_levels_are_trained_as_whole_ones(case, both):
     first, second = (found[case] for found in both)
     assert distance(first["sharded"]["state"], second["sharded"]["state"]) == 0.0
-    assert distance(first["whole"]["state"], first["sharded"]["state"]) < 1e-9
-    assert first["sharded"]["norms"] == pytest.approx(first["whole"]["norms"], abs=1e-8)
+    bound = 1e-7 if case == "single precision" else 1e-9
+    assert distance(first["whole"]["state"], first["sharded"]["state"]) < bound
+    assert first["sharded"]["norms"] == pytest.approx(first["whole"]["norms"], abs=10 * bound)
     assert first["sharded"]["losses"] == second["sharded"]["losses"]
     for name, losses in first["whole"]["losses"].items():
-        assert first["sharded"]["losses"][name] == pytest.approx(losses, abs=1e-9)
+        assert first["sharded"]["losses"][name] == pytest.approx(losses, abs=bound)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in UNEQUAL])

@@ -86,10 +86,10 @@ class ShardsInPlace:
         for tensor in held.values():
             tensor.grad = None
         torch.autograd.backward(output, inputs=[*plain.values(), *leaves(self._loss.module)])
-        found = {key: t.grad for key, t in held.items() if t.grad is not None}
+        grads = {key: t.grad for key, t in held.items() if t.grad is not None}
         for tensor in held.values():
             tensor.grad = None
-        return found
+        return {key: g.to_dense() if g.is_sparse else g for key, g in grads.items()}
 
     def reached(self, output: Tensor, leaves: set[int]) -> set[int]:
         """With the shards whose whole parameters are among the leaves."""
