@@ -8,7 +8,9 @@ an operation, not one a parameter.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any, TypeGuard
 
 import torch
@@ -129,8 +131,8 @@ def _dot_of_shards(pairs: list[tuple[Any, Any]]) -> float:
     The parts of a sum are added up in each process before they are over processes.
     """
     wide = _wide(pairs[0][0])
-    parts: Any = sum((left.to(wide) * right.to(wide)).sum() for left, right in pairs)
-    return float(parts.full_tensor())
+    parts = ((left.to(wide) * right.to(wide)).sum() for left, right in pairs)
+    return float(reduce(operator.add, parts).full_tensor())
 
 
 def is_zero(tree: Mapping[str, Tensor]) -> bool:

@@ -244,6 +244,12 @@ BRIEF = {
 }
 CASES |= BRIEF
 
+UNEQUAL = ("method", "method, in place", "nystrom", "single precision")
+"""Those that one process does not repeat: by BatchNorm, random numbers or rounding."""
+
+BESIDE_WHOLE = [name for name in CASES if name not in BRIEF or name in UNEQUAL]
+"""Those that two processes run with whole modules as well."""
+
 
 def in_full(tensor):
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
@@ -397,7 +403,7 @@ def prepared():
     try:
         for form, options in {"factory": {}, "instance": by_instance()}.items():
             program = bilevel("neumann", 2, **options)
-            Runner(program, seed=3, accelerator=accelerator).run(STEPS)
+            Runner(program, seed=3, accelerator=accelerator).run(FEW)
             low = program.module("low")
             found[form] = {
                 "state": state(program),
@@ -418,9 +424,11 @@ def prepared():
                 found[name] = message_of(partial(Runner, program, accelerator=accelerator))
     finally:
         set_kind(before)
-    program = bilevel("neumann", 2, **by_instance())
-    Runner(program, seed=3).run(STEPS)
-    return found | {"whole instance": state(program)}
+    for form, options in {"factory": {}, "instance": by_instance()}.items():
+        program = bilevel("neumann", 2, **options)
+        Runner(program, seed=3).run(FEW)
+        found[form]["whole"] = state(program)
+    return found
 
 
 def by_instance():
@@ -469,9 +477,14 @@ def refused():
         "method": lambda: Runner(
             bilevel("neumann", 2, "sharded", shard=fully_shard, make=Encoder, call="encode")
         ).run(1),
+        "offload": lambda: Runner(bilevel("neumann", 2, "sharded", shard=offloaded)),
         "solve": lambda: mlodeco.solve("low", steps=1, program=bilevel("neumann", 2, "sharded")),
     }
     return {name: message_of(function) for name, function in shown.items()}
+
+
+def offloaded(module):
+    return fully_shard(module, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
 def upper_sharded():
@@ -533,7 +546,9 @@ def ruled():
 
 def everything():
     found = {"survivors": survivors()}
-    found |= {case: {k: train(case, 2, k) for k in ("whole", "sharded")} for case in CASES}
+    found |= {case: {"sharded": train(case, 2, "sharded")} for case in CASES}
+    for case in BESIDE_WHOLE:
+        found[case]["whole"] = train(case, 2)
     found |= {f.__name__: f() for f in (once, purity, refused, prepared)}
     return found | {"looks": {kind: looks(kind) for kind in ("whole", "sharded")}}
 

@@ -48,7 +48,7 @@ def launch(out, what, count=2, worker=WORKER):
         for rank in range(count)
     ]
     try:
-        printed = [process.communicate(timeout=150)[0] for process in started]
+        printed = [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()

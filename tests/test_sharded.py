@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.sharded_worker import CASES, train
+from tests.sharded_worker import BESIDE_WHOLE, CASES, UNEQUAL, train
 from tests.test_parallel import distance, launch
 
 IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name} | {"rollback"}
-
-UNEQUAL = {"method", "method, in place", "nystrom"}
-"""With BatchNorm, or random numbers of each process."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +20,7 @@ def both(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", BESIDE_WHOLE)
 def test_sharded_levels_are_trained_as_whole_ones(case, both):
     first, second = (found[case] for found in both)
     assert distance(first["sharded"]["state"], second["sharded"]["state"]) == 0.0
@@ -38,14 +35,13 @@ def test_sharded_levels_are_trained_as_whole_ones(case, both):
 @pytest.mark.parametrize("case", [name for name in CASES if name not in UNEQUAL])
 @pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")
 def test_two_processes_with_shards_are_one_with_the_whole_batch(case, both):
-    assert distance(train(case, 1)["state"], both[0][case]["sharded"]["state"]) < 1e-6
+    assert distance(train(case, 1)["state"], both[0][case]["sharded"]["state"]) < 1e-8
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_differences_gather_nothing(case, both):
     for found in both:
         assert (found[case]["sharded"]["gathers"] == 0) == (case in IN_PLACE)
-        assert found[case]["whole"]["gathers"] == 0
 
 
 def test_no_whole_copy_is_left_behind_a_hypergradient(both):
@@ -85,9 +81,7 @@ def test_an_accelerator_with_a_plugin_shards_the_leaves(form, both):
         assert prepared["kinds"] == {"DTensor"}
         assert prepared["units"] == 2  # the first layer by its size, and the rest
         assert prepared["top"] == "Parameter"
-        whole = found["prepared"]["whole instance"]
-        whole = found["bilevel neumann"]["whole"]["state"] if form == "factory" else whole
-        assert distance(prepared["state"], whole) < 1e-9
+        assert distance(prepared["state"], prepared["whole"]) < 1e-9
 
 
 WORDS = {
@@ -99,6 +93,7 @@ WORDS = {
     "rule": "ModuleError: level 'low' .* the level has an @update rule",
     "decay": "LossError: level 'low' .* the loss is computed from shards",
     "method": "mixed torch.Tensor and DTensor.*register_fsdp_forward_method",
+    "offload": "ModuleError: level 'low' .* sharded with CPUOffloadPolicy",
     "solve": "RunError: level 'low' .* the module of 'low' is sharded",
 }
 

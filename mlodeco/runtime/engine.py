@@ -60,6 +60,9 @@ def compute_hypergradient(
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
+    Sharded levels are gathered for its duration, unless all methods of the sweep can do with
+    FSDP's own passes; all processes must ask for it then.
+
     Parameters, buffers, ``.grad``, train/eval modes, loaders and the global random streams are
     as before. Tensors, generators and modules that a loss captures by a closure and that belong
     to no level are outside this promise: take random numbers from ``ctx.generator``, and make
@@ -88,7 +91,8 @@ def compute_hypergradient(
         _refuse_steps_in(built, built.nest(top, methods))
     seen = dict.fromkeys(name for lv in involved for name in built.levels[lv].seen)
     used = [None] if nested else _methods_of(built, top, methods)
-    whole = must_gather((built.levels[name] for name in seen), used)
+    sharded = [built.levels[name] for name in seen if built.levels[name].is_sharded]
+    whole = must_gather(sharded, used)
     with randomness_set_aside(), torch.enable_grad(), built.opened(seen, whole=whole) as values:
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
@@ -98,8 +102,9 @@ def compute_hypergradient(
         }
         for name in involved:
             probe(built, built.levels[name], points[name], nested=nested)
-        shared = mean if mean is None or whole else beside_shards(mean)
-        points = {name: replace(point, mean=shared) for name, point in points.items()}
+        if mean is not None and sharded and not whole:
+            mean = beside_shards(mean)
+        points = {name: replace(point, mean=mean) for name, point in points.items()}
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if loops:
             wanted = recordings(built, chosen, top)
@@ -115,11 +120,11 @@ def compute_hypergradient(
             tapes, buffers = take_loops(built, items, wanted, points)
             points = {name: _moved(point, tapes, buffers) for name, point in points.items()}
         if nested:
-            nest = built.nest(top, methods)
-            return _in_parts(built, differentiate_nested(nest, points, open_edges))
-        kept = _gathered(memories or {}) if whole else memories
-        found = sweep(built.plan(top, methods), points, open_edges, kept, tapes)
-        return _in_parts(built, found)
+            found = differentiate_nested(built.nest(top, methods), points, open_edges)
+        else:
+            kept = _gathered(memories or {}) if whole else memories
+            found = sweep(built.plan(top, methods), points, open_edges, kept, tapes)
+        return _in_parts(built, found) if whole else found
 
 
 def _methods_of(built: Build, top: str, methods: Methods | None) -> list[Method | None]:
@@ -212,7 +217,7 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
     level = built.levels[name]
     if level.is_probed:
         return
-    whole = must_gather(built.levels[seen] for seen in level.seen)
+    whole = must_gather([built.levels[n] for n in level.seen if built.levels[n].is_sharded])
     opened = built.opened(level.seen, whole=whole)
     with preserved_randomness(), torch.enable_grad(), opened as values:
         point = make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))

@@ -108,9 +108,8 @@ def _local(shard: Tensor) -> Tensor:
     return shard.to_local().detach() if is_shard(shard) else shard
 
 
-def must_gather(levels: Iterable[BuiltLevel], methods: Iterable[Method | None] = ()) -> bool:
-    """Whether stateless passes over levels need some of them whole, as the methods take them."""
-    sharded = [level for level in levels if level.is_sharded]
+def must_gather(sharded: list[BuiltLevel], methods: Iterable[Method | None] = ()) -> bool:
+    """Whether some of these levels must be whole for stateless passes, as the methods take them."""
     return bool(sharded) and not (all(map(_can_stay, sharded)) and all(map(_can_use, methods)))
 
 

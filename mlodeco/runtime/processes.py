@@ -213,7 +213,7 @@ class SeveralProcesses(Processes):
 
 def _is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective has failed, as the backends of torch say it."""
-    return isinstance(error, distributed.DistError) or "Connection closed by peer" in str(error)
+    return isinstance(error, distributed.DistError) or "by peer" in str(error)
 
 
 def check_reduce(reduce: object) -> None:
