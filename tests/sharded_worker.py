@@ -32,7 +32,7 @@ import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.hypergrad import CG, Identity, Neumann, Nystrom
 from mlodeco.runtime import board, fsdp
-from tests.parallel_worker import loader, vector
+from tests.parallel_worker import data, loader, vector
 
 STEPS = 12
 FEW = 3
@@ -207,6 +207,38 @@ def feedback(parts, kind="whole"):
     return program
 
 
+def sourced(parts, kind="whole"):
+    """A source that calls the sharded module."""
+    program = Program()
+    sgd = partial(SGD, lr=0.1)
+
+    @program.source("guess")
+    def guess(low):
+        while True:
+            yield low(data(7)[0]).mean()
+
+    @program.level(
+        "low", module=lambda: made(kind, layers, net), optimizer=sgd, data=loader(1, parts)
+    )
+    def low(model, batch, guess, top):
+        x, y = batch
+        return ((model(x)[:, 0] - y - guess * top.x.sum()) ** 2).mean()
+
+    @program.level(
+        "top",
+        lower=["low"],
+        hypergrad="finite_difference",
+        module=vector(),
+        optimizer=sgd,
+        data=loader(2, parts),
+    )
+    def top(m, batch, low):
+        x, y = batch
+        return ((low(x)[:, 0] - y) ** 2).mean()
+
+    return program
+
+
 METHODS = {
     "identity": "identity",
     "neumann": "neumann",
@@ -223,6 +255,7 @@ BRIEF = {
     "neumann by differences": partial(bilevel, Neumann(product="difference", warm_start=True)),
     "cg by differences": partial(bilevel, CG(max_steps=3, damping=0.5, product="difference")),
     "nested": feedback,
+    "source": sourced,
     "nystrom": partial(bilevel, Nystrom(rank=2)),
     "chain sama": partial(chain, "sama"),
     "frozen": partial(bilevel, "neumann", make=lambda: frozen(net())),

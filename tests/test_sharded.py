@@ -8,7 +8,10 @@ import torch
 from tests.sharded_worker import BESIDE_WHOLE, CASES, UNEQUAL, train
 from tests.test_parallel import distance, launch
 
-IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name} | {"rollback"}
+IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name} | {
+    "rollback",
+    "source",
+}
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def _check(accelerator: Accelerator) -> None:
     if kind not in _AVAILABLE:
         raise RunError(
             f"an Accelerator of the kind {kind.value} is not available in this version.",
-            expected="plain data parallel processes, on CPUs or one GPU each.",
+            expected="data parallel processes, on CPUs or one GPU each, or FSDP2.",
             remedy="launch with accelerate launch --multi_gpu, or torchrun.",
         )
     check_plugin(accelerator)
