@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
@@ -119,6 +120,37 @@ method = _of_current(Program.method)
 update = _of_current(Program.update)
 
 
+Takeover = Callable[[Callable[..., Result], dict[str, Any]], Result]
+"""Is given ``run`` and the arguments of a call by name, ``program`` always among them."""
+
+_takeovers: Final[list[Takeover]] = []
+
+
+@contextmanager
+def first_run_to(takeover: Takeover) -> Iterator[None]:
+    """Within the block, hands the first call of :func:`run` over; later ones are as written."""
+    _takeovers.append(takeover)
+    try:
+        yield
+    finally:
+        _takeovers.clear()
+
+
+def _yielding(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Lets whoever waits for it have the first call."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if not _takeovers:
+            return function(*args, **kwargs)
+        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+        given["program"] = _known(given.get("program"))
+        return _takeovers.pop()(function, given)
+
+    return call
+
+
+@_yielding
 def run(
     steps: int,
     *,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import Difference, share_curvature
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.hypergrad.options import Options, check_number
+from mlodeco.hypergrad.options import Guide, Options, check_number
 from mlodeco.tree import Tree, scale
 
 
@@ -32,6 +32,12 @@ class FiniteDifference(Options):
 
     scale: float = 1.0
     radius: float | None = None
+
+    guide = Guide(
+        solves="as identity, the product by a difference",
+        cost="2 gradients",
+        when="where an operation has no second derivative",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -10,7 +10,7 @@ from typing import Literal
 from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
-from mlodeco.hypergrad.options import check_count, check_flag, check_number
+from mlodeco.hypergrad.options import Guide, check_count, check_flag, check_number
 from mlodeco.hypergrad.warm_start import begin, recall
 from mlodeco.tree import Tree, add, dot, norm, scale
 
@@ -57,6 +57,12 @@ class Neumann(Implicit):
     step_size: float | Literal["auto"] = "auto"
     power_steps: int = 5
     warm_start: bool = False
+
+    guide = Guide(
+        solves="a sum of num_terms powers of (I - a H)",
+        cost='num_terms - 1 Hessian products and 1 cross product; "auto" a few more',
+        when="the default: any H of positive curvature, few products",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

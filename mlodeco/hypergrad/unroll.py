@@ -19,7 +19,7 @@ from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate
 from mlodeco.calculus.update_derivatives import pull_back
 from mlodeco.errors import MethodError, quoted
-from mlodeco.hypergrad.options import Options, check_count, check_flag, check_product
+from mlodeco.hypergrad.options import Guide, Options, check_count, check_flag, check_product
 from mlodeco.tree import Tree, add, scale
 
 
@@ -65,6 +65,12 @@ class Unroll(Options):
     first_order: bool = False
     product: str = "auto"
     is_entrywise: ClassVar[bool] = True
+
+    guide = Guide(
+        solves="the derivative of the inner loop, backwards",
+        cost="a gradient and a product a step; its states in memory",
+        when="short inner loops; learned rates, rules and starts (MAML)",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

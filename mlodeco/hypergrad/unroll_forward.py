@@ -16,7 +16,7 @@ from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate, Tangent
 from mlodeco.calculus.update_derivatives import push_forward
 from mlodeco.errors import MethodError
-from mlodeco.hypergrad.options import Options, check_count
+from mlodeco.hypergrad.options import Guide, Options, check_count
 from mlodeco.hypergrad.unroll import require_tape
 from mlodeco.tree import Tree, dot
 
@@ -47,6 +47,12 @@ class UnrollForward(Options):
     truncate: int | None = None
     limit: int = 100
     is_entrywise: ClassVar[bool] = True
+
+    guide = Guide(
+        solves="the derivative of the inner loop, forwards",
+        cost="a forward-mode pass for each step and hyperparameter",
+        when="a handful of hyperparameters, long inner loops",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -41,6 +41,12 @@ def _launched() -> int:
     return int(found) if found.isdecimal() else 1
 
 
+def launched_rank() -> int:
+    """Which of the processes that torchrun or accelerate has started this one is."""
+    found = os.environ.get("RANK", "0")
+    return int(found) if found.isdecimal() else 0
+
+
 def _new() -> Accelerator:
     # without a GPU and without being told, accelerate forms no group of processes
     needs_cpu = _launched() > 1 and not torch.cuda.is_available()

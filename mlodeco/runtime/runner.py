@@ -154,9 +154,8 @@ class Runner:
         before = SavedRandomness()
         try:
             if seed is not None:
-                _check_seed(seed)
                 # processes differ, in dropout for instance; what must not is taken from the first
-                set_seed(seed, device_specific=self._processes.count > 1)
+                seed_all(seed, by_process=self._processes.count > 1)
             self._set_up(registry, seed)
         except BaseException:
             before.restore()
@@ -732,11 +731,17 @@ def check_steps(steps: object) -> None:
         )
 
 
-def _check_seed(seed: object) -> None:
+def seed_all(seed: int, *, by_process: bool = False) -> None:
+    """Seeds torch, ``random`` and NumPy, in each process otherwise if asked for.
+
+    Raises:
+        RunError: it is no seed.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise RunError(
             f"seed={seed!r}.", expected="an integer from 0 to 2**32 - 1.", remedy="run(seed=0)."
         )
+    set_seed(seed, device_specific=by_process)
 
 
 def _timings(built: Build) -> dict[str, Timing]:
