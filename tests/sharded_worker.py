@@ -377,7 +377,7 @@ def purity():
 
         def fail(*_, calls=calls):
             calls.append(0)
-            if len(calls) == 3:  # the direct pass, one side, and in the midst of the other
+            if len(calls) == 2:  # behind the direct pass, with the parameters moved to one side
                 raise ValueError("words of my own")
 
         handle = program.module("low").net[2].register_forward_hook(fail)
