@@ -160,6 +160,8 @@ def run(
     accelerator: Accelerator | None = None,
     nested: bool = False,
     reduce: str = "exact",
+    tails: str = "drop",
+    compile: bool | str = False,  # noqa: A002 (as torch names it)
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -179,6 +181,13 @@ def run(
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them, so that it is that of the mean loss; ``"once"`` averages the hypergradients that
             the processes find each on its own data, by one collective.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
+        compile: compiles the exact second-derivative products of each level as whole functions:
+            True, or the name of a backend of ``torch.compile``. Takes seconds to a minute a
+            level at its first hypergradient. Where a loss cannot be compiled whole, or not to
+            the same result within 1e-5, its level goes on as without, and a warning says why.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -190,7 +199,13 @@ def run(
     check_steps(steps)
     display = make_display(progress)
     runner = Runner(
-        _known(program), seed=seed, accelerator=accelerator, nested=nested, reduce=reduce
+        _known(program),
+        seed=seed,
+        accelerator=accelerator,
+        nested=nested,
+        reduce=reduce,
+        tails=tails,
+        compile=compile,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)

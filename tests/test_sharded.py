@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.sharded_worker import BESIDE_WHOLE, CASES, UNEQUAL, train
-from tests.test_parallel import distance, launch
+from tests.test_parallel import distance, finish, free_port, left, place, start
 
 IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name} | {
     "rollback",
@@ -18,7 +18,10 @@ IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name
 def both(tmp_path_factory):
     """What two processes have found."""
     out = tmp_path_factory.mktemp("sharded")
-    found, printed = launch(out, "everything", worker="tests.sharded_worker")
+    port, worker = free_port(), "tests.sharded_worker"
+    started = [start(out, "", worker, **place(rank, 2, port)) for rank in range(2)]
+    printed = finish(started)
+    found = left(out)
     assert None not in found, "\n".join(printed)
     return found
 

@@ -19,6 +19,7 @@ from mlodeco.calculus.update import Update
 from mlodeco.tree import Tree
 
 if TYPE_CHECKING:
+    from mlodeco.calculus.products.compiled import Compiler
     from mlodeco.calculus.tape import Tape
 
 Batches = tuple[Mapping[str, Any], ...]
@@ -62,7 +63,8 @@ class Point:
     methods that ask. ``part_of_batches`` gives the
     micro-batches with a fraction of the samples of the level's own data, None where these have
     no samples; ``fraction`` is that of the batches here. With ``mean`` the loss meant is the mean
-    over processes, whose derivatives are the means of those here.
+    over processes, whose derivatives are the means of those here. With ``compiler`` exact products
+    are compiled.
     """
 
     loss: StatelessLoss
@@ -79,6 +81,7 @@ class Point:
     copies: Copies | None = None
     numbers: tuple[int, ...] = ()
     mean: Mean | None = None
+    compiler: Compiler | None = None
 
     def state(self, values: Mapping[str, Tree]) -> State:
         """A tensor for every slot of the loss: these values, buffers as they are here."""
@@ -97,7 +100,7 @@ class Point:
         To be used inside :meth:`StatelessLoss.within`.
         """
         for number, items in enumerate(self.batches):
-            self._begin_streams(number)
+            self.begin_streams(number)
             with ExitStack() as stack:
                 try:
                     if self.copies is None:
@@ -111,7 +114,8 @@ class Point:
                     raise
                 yield result
 
-    def _begin_streams(self, number: int) -> None:
+    def begin_streams(self, number: int) -> None:
+        """Random numbers as the pass over a micro-batch sees them, those before it gone over."""
         if self.streams is None:
             drawn = self.numbers[number] if self.numbers else number
             seed_streams(make_seed(self.seed, drawn), self.generators)

@@ -40,9 +40,10 @@ class Implicit(Options, ABC):
             decay that the optimizer applies is not in the loss: give it here.
         curvature_batch: the fraction of each batch, its first samples, on which Hessian products
             are taken, for speed and memory; cross products take the whole. Cut is every tensor
-            of the level's own batch, in dictionaries, lists and tuples, whose first dimension is
-            that of the first tensor; where ``data=`` is a mapping, each loader's item by its own
-            size. Items of sources, lists of other things and parameters stay whole.
+            or NumPy array of the level's own batch, in dictionaries, lists, tuples and data
+            classes, whose first dimension is that of the first; where ``data=`` is a mapping, each
+            loader's item by its own size. Items of sources, lists of other things and parameters
+            stay whole.
     """
 
     product: str = "auto"

@@ -15,6 +15,7 @@ from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
+from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomness_set_aside
 from mlodeco.calculus.response import Method
 from mlodeco.calculus.roll import Buffers
@@ -57,6 +58,7 @@ def compute_hypergradient(
     tapes: Mapping[str, Tape] | None = None,
     loops: Mapping[str, Loop] | None = None,
     mean: Mean | None = None,
+    compilers: Mapping[str, Compiler] | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -82,6 +84,7 @@ def compute_hypergradient(
         loops: in their place, inner loops to take functionally first: for each level the
             micro-batches of its steps. The levels are then seen at the ends.
         mean: over processes, to which the hypergradient of their mean losses is common.
+        compilers: of the levels whose products are compiled.
     """
     chosen = built.methods if methods is None else methods
     visited = levels_involved(built, top, methods, nested=nested)
@@ -104,7 +107,8 @@ def compute_hypergradient(
             probe(built, built.levels[name], points[name], nested=nested)
         if mean is not None and sharded and not whole:
             mean = beside_shards(mean)
-        points = {name: replace(point, mean=mean) for name, point in points.items()}
+        known = compilers or {}
+        points = {n: replace(p, mean=mean, compiler=known.get(n)) for n, p in points.items()}
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
         if loops:
             wanted = recordings(built, chosen, top)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.point import Point
-from mlodeco.calculus.products import Reverse
+from mlodeco.calculus.products import Compiler, Reverse
 from mlodeco.calculus.randomness import RecordedStreams
 from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.slots import Place
@@ -58,6 +58,7 @@ class Recorder:
         is_watched: whether hooks may change parameters between steps, so that no iterate
             follows from the one before.
         mean: over processes, for the products of its steps.
+        compiler: of these products.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Recorder:
         *,
         is_watched: bool,
         mean: Mean | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         self._built = built
         self._trainer = trainer
@@ -79,6 +81,7 @@ class Recorder:
         self.recording = replace(recording, steps=steps, every=every)
         self._values = values
         self._mean = mean
+        self._compiler = compiler
         self._steps: list[TapeStep] = []
         self._count = 0
         self._marks = dict.fromkeys(built.graph.uppers(self._level.name), 0)
@@ -130,6 +133,7 @@ class Recorder:
             buffers=self._buffers(),
             copies=copies,
             mean=self._mean,
+            compiler=self._compiler,
         )
         before = self._trainer.iterate() if self._keeps_iterate else None
         self._pending = TapeStep(point, self._trainer.read_update(), before)

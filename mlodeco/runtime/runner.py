@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
 from mlodeco.calculus.mean import Mean
+from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
@@ -22,6 +24,7 @@ from mlodeco.errors import DriftWarning, MlodecoError, MlodecoWarning, RunError,
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, BuiltLevel, build
+from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
@@ -45,12 +48,19 @@ from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import make_optimizer, warn_if_flat
-from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
+from mlodeco.runtime.overlap import passes_of
+from mlodeco.runtime.processes import (
+    REDUCTIONS,
+    Processes,
+    check_choice,
+    processes_of,
+    require_same,
+)
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
-from mlodeco.runtime.shards import drawn_alike
+from mlodeco.runtime.shards import TAILS, drawn_alike, shard
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -112,6 +122,11 @@ class Runner:
             of Eq. (2), which takes the levels below a mid-level as constants.
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them; ``"once"`` averages finished hypergradients.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
+        compile: whether the exact products are compiled: True, or the name of a backend of
+            ``torch.compile``. A level for which this cannot be done is named in a warning.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -125,6 +140,8 @@ class Runner:
         accelerator: Accelerator | None = None,
         nested: bool = False,
         reduce: str = "exact",
+        tails: str = "drop",
+        compile: bool | str = False,  # noqa: A002 (as torch names it)
     ) -> None:
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
@@ -133,9 +150,12 @@ class Runner:
         self.listeners: list[Listener] = []
         self.tick = 0
         check_nested(nested)
-        check_reduce(reduce)
+        check_choice("reduce", reduce, REDUCTIONS)
+        check_choice("tails", tails, TAILS)
+        self._tails = tails
         self._reduce = reduce
         self._nested = nested
+        self._backend = backend_of(compile, nested=nested)
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
@@ -170,14 +190,18 @@ class Runner:
         processes = self._processes
         validations = [Validation(d, self.built, place, processes) for d in registry.validations]
         levels = self.built.levels
+        share = partial(shard, processes=processes, tails=self._tails)
+        passes = partial(passes_of, processes=processes, given=self._accelerator.ddp_handler)
         self._trainers = {
-            n: Trainer(self.built, level, place, processes) for n, level in levels.items()
+            n: Trainer(self.built, level, place, processes, share, passes)
+            for n, level in levels.items()
         }
         for trainer in self._trainers.values():
             trainer.level.reported.clear()
         self._sources = Sources(self.built, place)
         self.history = History(self.built.levels, is_validated=bool(validations))
         self._hooks = hooks
+        self._compilers = {n: Compiler(self._backend) for n in levels if self._backend}
         self._recorders = self._make_recorders()
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
@@ -220,6 +244,7 @@ class Runner:
                 values,
                 is_watched=self._hooks.come_between(name),
                 mean=self._exact_mean,
+                compiler=self._compilers.get(name),
             )
         return found
 
@@ -499,20 +524,19 @@ class Runner:
         if self.built.graph.lower[name]:
             return self._differentiate_responses(name, batches, ctx)
         self._probe(name, batches)
-        found = self._differentiate_loss(name, batches, ctx, recorder)
-        return self._trainers[name].average(found)
+        return self._differentiate_loss(name, batches, ctx, recorder)
 
     def _differentiate_loss(
         self, name: str, batches: tuple[Drawn, ...], ctx: Context, recorder: Recorder | None
     ) -> Gradients:
-        """The gradient of a level without lower levels, on this process's data."""
+        """The gradient of a level without lower levels, averaged over processes."""
         trainer = self._trainers[name]
         if trainer.level.copied:
-            return self._differentiate_replicas(name, batches, ctx, recorder)
+            return trainer.average(self._differentiate_replicas(name, batches, ctx, recorder))
         if recorder is not None and recorder.recording.keep_graph:
             parts = items_of(trainer.level, batches, ctx)
             graph = recorder.differentiate(parts, ctx.generator)
-            return trainer.adopt_graph(graph, recorder.point)
+            return trainer.average(trainer.adopt_graph(graph, recorder.point))
         return trainer.backward(batches, ctx)
 
     def _differentiate_responses(
@@ -533,6 +557,7 @@ class Runner:
             nested=self._nested,
             tapes=self._tapes(name) if self._recorders else None,
             mean=self._exact_mean,
+            compilers=self._compilers,
         )
         if self._reduce == "once":
             hyper = trainer.average_hypergradient(hyper)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mlodeco.calculus.clipping import clip_factor, clip_rows, row_norms
 from mlodeco.calculus.mean import Mean
@@ -25,20 +26,22 @@ from mlodeco.calculus.update import Iterate, Update
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.data import Feed, Placer, Share, items_for
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.fsdp import explained, leaves, rest
+from mlodeco.runtime.fsdp import rest
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
     fresh_state,
+    is_divided,
     make_optimizer,
     make_scheduler,
     read_state,
     read_step,
 )
+from mlodeco.runtime.overlap import Passes
 from mlodeco.runtime.processes import Processes
-from mlodeco.runtime.sharding import plain_part, require_plain
-from mlodeco.runtime.shards import shard
+from mlodeco.runtime.sharded_passes import ShardedPasses
+from mlodeco.runtime.sharding import plain_part
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -53,10 +56,25 @@ class Gradients:
 
 
 class Trainer:
-    """The state of one level in a run and the parts of its step."""
+    """The state of one level in a run and the parts of its step.
+
+    Args:
+        built: the program.
+        level: the level.
+        place: moves batches to the device of the run.
+        processes: those of the run.
+        share: makes of a source of batches the part that this process sees.
+        choose_passes: those of the steps of a level that has its first gradients.
+    """
 
     def __init__(
-        self, built: Build, level: BuiltLevel, place: Placer, processes: Processes
+        self,
+        built: Build,
+        level: BuiltLevel,
+        place: Placer,
+        processes: Processes,
+        share: Share,
+        choose_passes: Callable[[BuiltLevel], Passes],
     ) -> None:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
@@ -66,7 +84,11 @@ class Trainer:
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
         self._processes = processes
-        self._feed = Feed(level.declaration, lambda source: shard(source, processes))
+        self._feed = Feed(level.declaration, share)
+        self._choose_passes = choose_passes
+        self._passes: Passes | None = None
+        if level.loss.shards is not None:
+            self._passes = ShardedPasses(level)
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
@@ -136,29 +158,26 @@ class Trainer:
             foreign.restore()
 
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
-        """The ordinary backward passes of a level without lower levels."""
-        self._rest()
-        parameters: list[Tensor] = list(self.level.parameters.values())
-        for parameter in parameters:
+        """The ordinary backward passes of a level without lower levels, averaged over processes.
+
+        The first ones are averaged behind them: they show whether DDP can do so in between.
+        """
+        for parameter in self.level.parameters.values():
             parameter.grad = None
+        passes = self._passes or Passes(self.level)
         share = 1.0 / len(batches)
         total = 0.0
         metrics: dict[str, Any] = {}
-        for batch in batches:
-            with explained():
-                loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
-            if self.level.is_sharded:
-                require_plain(loss, self.level.loss)
-                parameters = self._whole_parameters()
-            total += share * require_finite(loss, self.level.name, self.level.site)
-            torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
-        self._rest()
-        return Gradients(total, metrics)
-
-    def _whole_parameters(self) -> list[Tensor]:
-        """Where backward passes of a sharded level end; FSDP averages what it takes to shards."""
-        plain = plain_part(self.level.parameters)
-        return [*plain.values(), *leaves(self.level.module)]
+        for number, batch in enumerate(batches, 1):
+            with passes.kept_local(is_last=number == len(batches)):
+                loss, metrics = passes.call(items_for(self.level, batch, ctx))
+                total += share * require_finite(loss, self.level.name, self.level.site)
+                passes.backward(loss if share == 1.0 else loss * share)
+        self._passes = self._passes or self._choose_passes(self.level)
+        averaged = passes.take_loss()
+        if averaged is not None:
+            return Gradients(averaged, metrics)
+        return self.average(Gradients(total, metrics))
 
     def _rest(self) -> None:
         """Puts sharded modules that the loss sees to rest."""
@@ -314,11 +333,18 @@ class Trainer:
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler, or of the level's own rule."""
         if self.optimizer is not None:
-            self.optimizer.step()
+            self._step(self.optimizer)
         elif self.level.rule is not None:
             self._apply_rule(self.level.rule)
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def _step(self, optimizer: Optimizer) -> None:
+        if is_divided(optimizer):
+            with self._processes.meeting():
+                optimizer.step()
+        else:
+            optimizer.step()
 
     def _apply_rule(self, rule: Rule | RuleOfEach) -> None:
         before = Iterate(frozen(self.level.parameters), self.rule_state)

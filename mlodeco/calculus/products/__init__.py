@@ -14,6 +14,7 @@ from mlodeco.calculus.products.choice import (
     open_curvature,
     open_linearization,
 )
+from mlodeco.calculus.products.compiled import Compiler
 from mlodeco.calculus.products.difference import Difference
 from mlodeco.calculus.products.first_order import differentiate_once
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
@@ -28,6 +29,7 @@ from mlodeco.calculus.products.shared import (
 __all__ = [
     "LINEARIZATIONS",
     "PRODUCTS",
+    "Compiler",
     "Cross",
     "Curvature",
     "Difference",

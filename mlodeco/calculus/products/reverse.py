@@ -45,7 +45,18 @@ class Reverse:
 
     @cached_property
     def _gradients(self) -> list[Tree]:
-        def build() -> list[Tree]:
+        gradients = self._build()
+        self._refuse_dead_ends(gradients)
+        copies = self._problem.point.copies
+        if copies is not None and self._problem.level in copies.levels and not copies.is_vmapped:
+            each = [gradients[r :: copies.count] for r in range(copies.count)]
+            warn_of_untouched(self._problem, [set().union(*trees) for trees in each])
+        return gradients
+
+    def _build(self) -> list[Tree]:
+        """The gradient of each micro-batch, with its graph."""
+
+        def differentiate() -> list[Tree]:
             found: list[Tree] = []
             self.outcomes = []
             for loss, metrics in self._problem.point.losses():
@@ -54,13 +65,7 @@ class Reverse:
                 found.append(gradient(loss, self._own, create_graph=True) if is_live else {})
             return found
 
-        gradients = self._problem.point.loss.within(self.state, build)
-        self._refuse_dead_ends(gradients)
-        copies = self._problem.point.copies
-        if copies is not None and self._problem.level in copies.levels and not copies.is_vmapped:
-            each = [gradients[r :: copies.count] for r in range(copies.count)]
-            warn_of_untouched(self._problem, [set().union(*trees) for trees in each])
-        return gradients
+        return self._problem.point.loss.within(self.state, differentiate)
 
     def _refuse_dead_ends(self, gradients: list[Tree]) -> None:
         """Looks for nodes that autograd would pass over in silence, giving zero.
