@@ -16,6 +16,7 @@ from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.update import Update
 from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.fsdp import whole_tree
 from mlodeco.runtime.notes import noted
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
@@ -132,7 +133,8 @@ def next_update(level: BuiltLevel) -> tuple[Update, Mapping[str, Any]]:
         return level.rule, level.rule_state
     optimizer = level.optimizer or make_optimizer(level, wanted_by)
     warn_if_flat(level, optimizer)
-    return read_step(level, optimizer), read_state(level, optimizer)
+    state = read_state(level, optimizer)
+    return read_step(level, optimizer), {key: whole_tree(known) for key, known in state.items()}
 
 
 def warn_if_flat(level: BuiltLevel, optimizer: Optimizer | None) -> None:
