@@ -50,6 +50,16 @@ def layers(module):
     return fully_shard(module)
 
 
+class InFloat(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.float()).double()
+
+
+def net_in_float():
+    """Which autocast acts on."""
+    return InFloat(nn.Linear(3, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
+
+
 def in_single_precision(module):
     return fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
 
@@ -274,10 +284,12 @@ BRIEF = {
     "method, in place": partial(
         bilevel, "finite_difference", shard=registered, make=Encoder, call="encode"
     ),
+    "bf16": partial(bilevel, "neumann", make=net_in_float, precision="bf16"),
+    "bf16, in place": partial(bilevel, "finite_difference", make=net_in_float, precision="bf16"),
 }
 CASES |= BRIEF
 
-UNEQUAL = ("method", "method, in place", "nystrom", "single precision")
+UNEQUAL = ("bf16", "bf16, in place", "method", "method, in place", "nystrom", "single precision")
 """Those that one process does not repeat: by BatchNorm, random numbers or rounding."""
 
 BESIDE_WHOLE = [name for name in CASES if name not in BRIEF or name in UNEQUAL]
@@ -510,6 +522,7 @@ def refused():
         "method": lambda: Runner(
             bilevel("neumann", 2, "sharded", shard=fully_shard, make=Encoder, call="encode")
         ).run(1),
+        "half": lambda: Runner(bilevel("neumann", 2, "sharded", precision="fp16")),
         "offload": lambda: Runner(bilevel("neumann", 2, "sharded", shard=offloaded)),
         "solve": lambda: mlodeco.solve("low", steps=1, program=bilevel("neumann", 2, "sharded")),
     }
