@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
+
 
 def walk_graph(roots: Iterable[Any]) -> Iterator[Any]:
     """Every node that can be reached from the roots, once; a root may be None."""
@@ -17,6 +19,12 @@ def walk_graph(roots: Iterable[Any]) -> Iterator[Any]:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
+
+
+def is_used(root: Any, tensors: Iterable[Tensor]) -> list[bool]:
+    """For tensors that are not leaves whether the root was computed from them."""
+    edges = {edge for node in walk_graph([root]) for edge in node.next_functions}
+    return [(tensor.grad_fn, tensor.output_nr) in edges for tensor in tensors]
 
 
 def count_nodes(root: Any, leaves: set[int]) -> tuple[int, int]:

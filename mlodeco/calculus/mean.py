@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.autograd_graph import is_used
 from mlodeco.tree import Tree
 
 Trees = Sequence[Mapping[str, Tensor]]
@@ -59,6 +60,32 @@ def shared(values: Mapping[str, Tree], mean: Mean | None) -> dict[str, Tree]:
     for (name, key), tensor in zip(entries, passed, strict=True):
         result[name][key] = tensor
     return result
+
+
+def tied(loss: Tensor, values: Mapping[str, Tree], mean: Mean | None) -> Tensor:
+    """The same loss, that depends on whatever the loss of some process does.
+
+    A loss that is constant or linear in a parameter, on one process's data alone, would leave out
+    means that the others wait for. The zero added has derivatives of every order.
+
+    Args:
+        loss: the loss.
+        values: what :func:`shared` gave.
+        mean: over processes.
+    """
+    given = {
+        f"{name}.{key}": tensor
+        for name, tree in values.items()
+        for key, tensor in tree.items()
+        if tensor.requires_grad
+    }
+    if mean is None or not given:
+        return loss
+    flags = {key: tensor.detach().new_zeros((), dtype=loss.dtype) for key, tensor in given.items()}
+    used = is_used(loss.grad_fn, given.values())
+    own = {key: flags[key] for key, flag in zip(flags, used, strict=True) if flag}
+    zeros = [0.0 * given[key].cos().sum() for key in mean([own], [flags])[0]]
+    return loss + torch.stack(zeros).sum() if zeros else loss
 
 
 class _Shared(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.kernels import second_derivatives
-from mlodeco.calculus.mean import mean_of, shared
+from mlodeco.calculus.mean import mean_of, shared, tied
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.response import Solution
 from mlodeco.calculus.slots import State
@@ -126,7 +126,8 @@ class _Nest:
                 moves_with_own.add(low)
         point = self._points[level]
         seen = {name: tree for name, tree in scope.items() if name in point.values}
-        state = point.state({**point.values, **shared(seen, point.mean)})
+        common = shared(seen, point.mean)
+        state = point.state({**point.values, **common})
         share = 1.0 / len(point.batches)
 
         def mean() -> tuple[Tensor, dict[str, Any]]:
@@ -136,7 +137,7 @@ class _Nest:
 
         with _located(point):
             loss, metrics = point.loss.within(state, mean)
-        return loss, metrics, state
+        return tied(loss, common, point.mean), metrics, state
 
     def _total_gradient(self, level: str, values: Values, order: int, damping: float) -> Tree:
         """The derivative of the total loss in the level's own parameters.

@@ -9,14 +9,10 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
 from mlodeco.errors import RunError
-
-_PATIENCE = 1800.0
-"""Seconds to wait for the notes of processes that have not failed."""
 
 _FAREWELL = 10.0
 """Seconds that a process that has failed waits for the others to have read why."""
@@ -35,7 +31,6 @@ class Board:
         self._store = store
         self._rank = rank
         self._count = count
-        self._round = 0
         self._has_ended = False
         self._gone: list[int] = []
 
@@ -47,11 +42,13 @@ class Board:
         if self._has_ended:
             return
         self._has_ended = True
-        text = "\n  ".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())))
+        words = type(error).__name__ + (f": {error}" if str(error) else "")
+        text = "\n  ".join((words, *getattr(error, "__notes__", ())))
+        is_mistake = isinstance(error, Exception)
         try:
-            self._store.compare_set("error", "", json.dumps([self._rank, text]))
+            self._store.compare_set("error", "", json.dumps([self._rank, text, is_mistake]))
             self._store.add("ended", 1)
-            if isinstance(error, Exception):
+            if is_mistake:
                 self._wait_for_others()
         except RuntimeError:  # the store is gone, with the process that held it
             return
@@ -70,39 +67,14 @@ class Board:
             RunError: one has.
         """
         if self._store.check(["error"]):
-            rank, text = json.loads(self._store.get("error"))
+            rank, text, is_mistake = json.loads(self._store.get("error"))
             if rank != self._rank:
                 raise RunError(
                     f"process {rank} ended with {text}",
-                    remedy="mend that; the traceback is in the output of that process.",
+                    remedy="mend that; the traceback is in the output of that process."
+                    if is_mistake
+                    else "it was interrupted, or left by sys.exit(); ctx.stop() ends a run in all.",
                 )
-
-    def exchange(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order; they are such that JSON can hold.
-
-        Raises:
-            RunError: another process has failed.
-        """
-        self._round += 1
-        self._store.set(f"{self._round}/{self._rank}", json.dumps(value))
-        found = [self._read(f"{self._round}/{rank}", rank) for rank in range(self._count)]
-        # all others have read the last round, since they are in this one
-        self._store.delete_key(f"{self._round - 1}/{self._rank}")
-        return found
-
-    def _read(self, key: str, rank: int) -> Any:
-        until = time.monotonic() + _PATIENCE
-        pause = 0.0005
-        while not self._store.check([key]):
-            if time.monotonic() > until:
-                raise RunError(
-                    f"process {rank} has not answered for {_PATIENCE:.0f} s.",
-                    remedy="look into its output; all processes must run the same program.",
-                )
-            time.sleep(pause)
-            pause = min(2.0 * pause, 0.05)
-            self.check()
-        return json.loads(self._store.get(key))
 
     def missing(self) -> list[int]:
         """The processes that do not answer within two seconds."""

@@ -22,7 +22,7 @@ def backend_of(compile_: object, *, nested: bool) -> str | None:
     if backend not in known:
         raise RunError(
             f"compile={compile_!r}.",
-            expected=f"True, False or one of {quoted(known)}.",
+            expected=f"True, False or one of {quoted(torch._dynamo.list_backends())}.",
             remedy="run(compile=True), for instance.",
         )
     if nested:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -94,7 +94,7 @@ def compute_hypergradient(
     involved = tuple(dict.fromkeys((*visited, *(loops or ()))))
     if nested:
         _refuse_copies(built, involved)
-        _refuse_half(built, involved)
+        refuse_half(built, involved)
         _refuse_steps_in(built, built.nest(top, methods))
     seen = dict.fromkeys(name for lv in involved for name in built.levels[lv].seen)
     used = [None] if nested else _methods_of(built, top, methods)
@@ -210,7 +210,7 @@ def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
             )
 
 
-def _refuse_half(built: Build, involved: tuple[str, ...]) -> None:
+def refuse_half(built: Build, involved: Iterable[str]) -> None:
     """Refuses float16 under nested best responses.
 
     Raises:

@@ -56,15 +56,36 @@ def launched_rank() -> int:
     return int(found) if found.isdecimal() else 0
 
 
+def _refuse_asked_for() -> None:
+    """Refuses what accelerate launch was asked for, before it is looked for in vain."""
+    asked = {
+        "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+        "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
+    }
+    for name, kind in asked.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise _unavailable(kind)
+
+
+def _unavailable(kind: DistributedType) -> RunError:
+    return RunError(
+        f"an Accelerator of the kind {kind.value} is not available in this version.",
+        expected="data parallel processes, on CPUs or one GPU each, or FSDP2.",
+        remedy=_REMEDIES.get(kind, "launch with accelerate launch --multi_gpu, or torchrun."),
+    )
+
+
 def _new() -> Accelerator:
+    _refuse_asked_for()
     # without a GPU and without being told, accelerate forms no group of processes
     needs_cpu = _launched() > 1 and not torch.cuda.is_available()
     try:
         return Accelerator(cpu=True) if needs_cpu else Accelerator()
-    except ValueError as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise RunError(
             f"no Accelerator for {_launched()} processes can be made: {error}",
-            remedy="make none before the run, or one with cpu=True where there is no GPU.",
+            remedy="look into the options of accelerate launch (FSDP needs GPUs and --fsdp_version "
+            "2); make no Accelerator before the run, or one with cpu=True where there is no GPU.",
         ) from error
 
 
@@ -79,11 +100,7 @@ def _check(accelerator: Accelerator) -> None:
         )
     kind = accelerator.distributed_type
     if kind not in _AVAILABLE:
-        raise RunError(
-            f"an Accelerator of the kind {kind.value} is not available in this version.",
-            expected="data parallel processes, on CPUs or one GPU each, or FSDP2.",
-            remedy=_REMEDIES.get(kind, "launch with accelerate launch --multi_gpu, or torchrun."),
-        )
+        raise _unavailable(kind)
     check_plugin(accelerator)
     _check_idle_options(accelerator)
 

@@ -109,16 +109,27 @@ def _check_divided(level: BuiltLevel, optimizer: Optimizer) -> None:
         ("init_from", declaration.init_from is not None),
     ):
         if is_given:
-            raise _refusal_of_parts(level, optimizer, f"{option}=")
+            raise _refusal_of_parts(level, optimizer, f"{option}=", f"leave {option}= out")
+    if level.is_sharded:
+        raise _error(
+            level,
+            f"its module is sharded, and its optimizer is a {type(optimizer).__name__}.",
+            "give the level the plain optimizer: that of a sharded module keeps parts already.",
+        )
 
 
-def _refusal_of_parts(level: BuiltLevel, optimizer: Optimizer, what: str) -> OptimizerError:
+def _refusal_of_parts(
+    level: BuiltLevel,
+    optimizer: Optimizer,
+    what: str,
+    instead: str = "the levels above a method that does not differentiate its steps, such as "
+    "hypergrad='neumann'",
+) -> OptimizerError:
     kind = type(optimizer).__name__
     return _error(
         level,
         f"{what} needs the state of the optimizer, of which {kind} keeps a part in each process.",
-        "give the level the plain optimizer, such as partial(Adam, lr=...), or the levels above a "
-        "method that does not differentiate its steps, such as hypergrad='neumann'.",
+        f"give the level the plain optimizer, such as partial(Adam, lr=...), or {instead}.",
     )
 
 

@@ -42,8 +42,12 @@ class Passes:
         """Adds to ``.grad``."""
         torch.autograd.backward(loss, inputs=list(self._level.parameters.values()))
 
-    def take_loss(self) -> float | None:
-        """The mean over processes and micro-batches, if it has come with the gradients."""
+    def take_loss(self, own: float) -> float | None:
+        """The mean over processes, where the gradients are averaged; None where they are not yet.
+
+        Args:
+            own: the loss in this process, the mean over micro-batches.
+        """
         return None
 
 
@@ -80,6 +84,7 @@ class Overlap(Passes):
         self._reduction = reduction = _Reduction(processes)
         if given is not None:
             given.register_comm_hook(reduction)
+            self._module.is_silent = reduction.is_hooked
         # not a method of this object: no cycle that leads through C++ is ever collected
         self._ddp.register_comm_hook(None, lambda _, bucket: reduction.begin(bucket))
 
@@ -104,16 +109,19 @@ class Overlap(Passes):
             torch.autograd.backward(loss, inputs=self._inputs)
         except RuntimeError as error:
             if reduction.is_over:  # a collective of DDP's own, behind the buckets
-                raise self._processes.why_lost(error) from error
+                self._processes.explain(error)
             raise
         finally:
             reduction.begun.clear()
         if reduction.is_over:
             self._processes.await_device()
 
-    def take_loss(self) -> float:
-        """The mean, which the gradient of the tally holds."""
+    def take_loss(self, own: float) -> float:
+        """The mean, which the gradient of the tally holds where no hook of a person changes it."""
         tally = self._module.tally
+        if self._reduction.is_hooked:
+            tally.grad = None
+            return self._processes.mean_number(own)
         grad, tally.grad = tally.grad, None
         if grad is None:
             raise RuntimeError("no gradients have been averaged")
@@ -127,7 +135,10 @@ class _Reduction:
     Attributes:
         begun: for each bucket what waits for it.
         is_over: whether all have come.
+        is_hooked: whether a person averages the buckets, in low precision perhaps.
     """
+
+    is_hooked = False
 
     def __init__(self, processes: SeveralProcesses) -> None:
         self._processes = processes
@@ -138,6 +149,7 @@ class _Reduction:
     def register_comm_hook(self, state: Any, hook: Callable[[Any, Any], Future[Tensor]]) -> None:
         """Takes the hook of a person, as DDP would."""
         self._average = partial(self._hooked, partial(hook, state))
+        self.is_hooked = True
 
     def begin(self, bucket: Any) -> Future[Tensor]:
         """Begins to average a bucket."""
@@ -176,8 +188,10 @@ class _OfOwnParameters(nn.Module):
     """A level's loss as a module of the level's own parameters, and of a tally at zero.
 
     The tally's gradient is the loss and one: so their mean comes with the last bucket, and every
-    process has some gradient to begin with, whatever its loss touches.
+    process has some gradient to begin with, whatever its loss touches. A silent one is zero.
     """
+
+    is_silent = False
 
     def __init__(self, level: BuiltLevel) -> None:
         super().__init__()
@@ -192,8 +206,9 @@ class _OfOwnParameters(nn.Module):
 
     def forward(self, items: Mapping[str, Any]) -> Tensor:
         loss, self.metrics = self._call(items)
-        known = loss.detach()
-        return loss + (self.tally * torch.stack([known, torch.ones_like(known)])).sum()
+        known = torch.stack([loss.detach(), torch.ones_like(loss)])
+        told = torch.zeros_like(known) if self.is_silent else known
+        return loss + (self.tally * told).sum()
 
 
 def passes_of(
@@ -206,6 +221,7 @@ def passes_of(
     if not isinstance(processes, SeveralProcesses):
         return Passes(level)
     found = [p.grad for p in level.parameters.values() if p.grad is not None]
-    is_odd = any(type(grad) is not Tensor or grad.is_sparse for grad in found)
+    is_sparse = any(getattr(child, "sparse", False) for child in level.loss.module.modules())
+    is_odd = is_sparse or any(type(grad) is not Tensor or grad.is_sparse for grad in found)
     is_refused = processes.first_with(is_odd) is not None
     return Passes(level) if is_refused else Overlap(level, processes, given)

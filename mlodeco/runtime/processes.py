@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +127,12 @@ class SeveralProcesses(Processes):
         self.await_work(self.begin_mean(bucket))
         return unpack(bucket, like)
 
+    def mean_number(self, own: float) -> float:
+        """The mean of a number, by one all-reduce."""
+        number = torch.tensor([own], dtype=torch.float32, device=self._device)
+        self.await_work(self.begin_mean(number))
+        return float(number)
+
     def begin_mean(self, bucket: Tensor) -> Any:
         """Begins to average a tensor in place, for :meth:`await_work`."""
         with self.explained():
@@ -152,9 +159,13 @@ class SeveralProcesses(Processes):
                 unpack_bytes(bucket, distinct)
 
     def exchange(self, value: Any) -> list[Any]:
-        """By the store: for what is small and rare."""
-        with self.explained():
-            return self._board.exchange(value)
+        """Two all-gathers, of the lengths and of the texts: for what is small and rare."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes: list[int] = self.gather(torch.tensor([text.numel()])).tolist()
+        own = text.new_zeros(1, max(sizes))
+        own[0, : text.numel()] = text
+        rows = self.gather(own).tolist()
+        return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
     def first_with(self, flag: bool) -> int | None:
         """One all-reduce of a number."""
@@ -169,7 +180,7 @@ class SeveralProcesses(Processes):
         own = tensor.detach().to(self._device)
         own = own.reshape(1) if own.dim() == 0 else own.contiguous()
         all_ = own.new_empty((self.count * own.shape[0], *own.shape[1:]))
-        self._take_part(partial(distributed.all_gather_into_tensor, async_op=True), all_, own)
+        self._take_part(partial(distributed.all_gather_single, async_op=True), all_, own)
         return all_.to(tensor.device)
 
     @contextmanager
@@ -191,7 +202,7 @@ class SeveralProcesses(Processes):
                 yield
             except RuntimeError as error:
                 if _is_lost_peer(error):  # in a collective of FSDP, which is not waited for here
-                    raise self.why_lost(error) from error
+                    self.explain(error)
                 raise
 
     def _take_part(self, begin: Callable[..., Any], *tensors: Tensor) -> None:
@@ -216,8 +227,9 @@ class SeveralProcesses(Processes):
                     work.wait(timedelta(seconds=_LOOK))
                     return
                 except RuntimeError:
-                    if work.is_completed():
-                        raise
+                    if work.is_completed():  # just now, or by an error, which comes again
+                        work.wait()
+                        return
                 self._board.check()
         self._poll(work.is_completed)
         work.wait()
@@ -265,23 +277,30 @@ class SeveralProcesses(Processes):
         try:
             yield
         except RuntimeError as error:
-            raise self.why_lost(error) from error
+            self.explain(error)
+            raise
 
-    def why_lost(self, error: RuntimeError) -> RunError:
-        """What ended a collective: the error of another process, or that it was killed."""
+    def explain(self, error: RuntimeError) -> None:
+        """Says what has ended a collective; nothing where it is no collective's error.
+
+        Raises:
+            RunError: the error of another process, or that one does not answer.
+        """
         try:
             self._board.check()
             missing = self._board.missing()
         except RunError as found:
-            return found
+            raise found from error
         except RuntimeError:
             missing = [0]  # the store is gone, which the first process may hold
+        if not missing and not _is_lost_peer(error):
+            return
         lost = ", ".join(map(str, missing)) or "unknown"
-        return RunError(
+        raise RunError(
             f"a collective failed, and of the {self.count} processes these do not answer: {lost}. "
             f"({str(error).splitlines()[0][:200]})",
             remedy="look into their output; a process may have been killed, for memory perhaps.",
-        )
+        ) from error
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

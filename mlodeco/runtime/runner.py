@@ -43,6 +43,7 @@ from mlodeco.runtime.engine import (
     levels_involved,
     muted_context,
     probe_level,
+    refuse_half,
     seed_of,
     step_point,
     warn_of_nested_paths,
@@ -226,6 +227,8 @@ class Runner:
             for n, level in levels.items()
         }
         set_precision(levels.values(), self._precision)
+        if self._nested:
+            refuse_half(self.built, levels)
         for name, trainer in self._trainers.items():
             trainer.level.reported.clear()
             if self._has_half(name):

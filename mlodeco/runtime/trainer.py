@@ -199,7 +199,7 @@ class Trainer:
         if self.own_scale != 1.0:
             torch._foreach_mul_(list(self.gradients().values()), 1.0 / self.own_scale)
         self._passes = self._passes or self._choose_passes(self.level)
-        averaged = passes.take_loss()
+        averaged = passes.take_loss(total)
         if averaged is not None:
             return Gradients(averaged, metrics)
         return self.average(Gradients(total, metrics))
