@@ -128,6 +128,11 @@ def largest(tree: Mapping[str, Tensor]) -> float:
     return float(torch.stack([v.float() for v in torch._foreach_norm(values, math.inf)]).max())
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a sparse one (a gradient of ``nn.Embedding(sparse=True)``) dense."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
 def widen(tree: Mapping[str, Tensor]) -> Tree:
     """Entries in half precision as single precision, in which sums are made; others as they are."""
     return {key: value.to(_SINGLE.get(value.dtype, value.dtype)) for key, value in tree.items()}

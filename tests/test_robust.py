@@ -3,6 +3,7 @@
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -437,6 +438,42 @@ def test_sparse_embeddings():
             warnings.simplefilter("ignore", FallbackWarning)
             found = computed(weighted(sparse, low=low, top=top), method)
         assert relative(found, computed(weighted(dense, low=low, top=top), method)) < 1e-6
+
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sparse_embeddings_train_as_dense_ones(optimizer, accumulate):
+    def trained(*, sparse):
+        torch.manual_seed(0)
+        module = nn.Embedding(5, 2, sparse=sparse, dtype=torch.float64)
+        program = Program()
+        batches = [torch.tensor([0, 1, 1]), torch.tensor([3, 0, 0])]
+
+        @program.level(
+            "words",
+            module=module,
+            optimizer=OPTIMIZERS[optimizer],
+            data=batches,
+            accumulate=accumulate,
+            clip_norm=0.5,
+        )
+        def words(model, batch):
+            return (model(batch) ** 2).sum()
+
+        run = mlodeco.run(4, program=program, seed=0, progress="off")
+        return module.weight.detach(), [step.grad_norm for step in run.history.steps]
+
+    found, norms = trained(sparse=True)
+    wanted, expected_norms = trained(sparse=False)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert norms == pytest.approx(expected_norms, rel=1e-12)
+    assert max(norms) > 0.5  # clipped
 
 
 @pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])

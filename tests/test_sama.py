@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -26,10 +27,11 @@ from torch.optim import (
 
 import mlodeco
 from mlodeco import Program, Runner
+from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.update import Cotangent, Iterate
 from mlodeco.calculus.update_derivatives import pull_back
 from mlodeco.errors import MethodError, OptimizerError, SolverWarning
-from mlodeco.hypergrad import Identity, Sama
+from mlodeco.hypergrad import Identity, Sama, sama
 from mlodeco.runtime.optimizers import next_update
 from tests import reference
 from tests.handwritten import adam, adamw, rmsprop, sgd
@@ -131,6 +133,37 @@ def test_sgd_is_the_identity_scaled_by_its_rate():
     scaled = mlodeco.hypergradient("top", program=case.program, hypergrad=Identity(scale=0.6))
     for key in sama:
         assert torch.allclose(sama[key], scaled[key], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [partial(SGD, lr=0.1, momentum=0.9), Adam])
+def test_what_v_was_made_from_is_freed_before_the_cross_product(make, monkeypatch):
+    made = []
+
+    def watched(*arguments, **options):
+        found = pull_back(*arguments, **options)
+        assert not found.before.parameters
+        gradients = arguments[2]
+        made.extend(map(weakref.ref, (*gradients.values(), *found.gradients.values())))
+        return found
+
+    def opened(*arguments):
+        assert made
+        assert all(ref() is None for ref in made)
+        return open_curvature(*arguments)
+
+    monkeypatch.setattr(sama, "pull_back", watched)
+    monkeypatch.setattr(sama, "open_curvature", opened)
+    program = Program()
+
+    @program.level("low", module=network(3, 2, 1), optimizer=make, data=[randn(4, 3)])
+    def low(model, batch, up):
+        return (model(batch) ** 2).mean() * up.weight.exp()
+
+    @program.level("up", lower=["low"], hypergrad=Sama(), module={"weight": randn(1)[0]})
+    def up(model, low):
+        return sum((p**2).sum() for p in low.parameters())
+
+    assert mlodeco.hypergradient("up", program=program)["weight"] != 0.0
 
 
 def test_groups_and_schedulers_are_those_of_the_run():

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mlodeco
 from mlodeco import Program
+from mlodeco.errors import LossError
 from mlodeco.hypergrad import (
     CG,
     GMRES,
@@ -71,16 +72,18 @@ class Recurrent(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, *, is_on):
+    def __init__(self, *, is_on, use_reentrant=False):
         super().__init__()
         self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
-        self.is_on = is_on
+        self.shift = nn.Parameter(torch.zeros(4))
+        self.is_on, self.use_reentrant = is_on, use_reentrant
 
     def forward(self, x):
         def block(z):
             return F.dropout(torch.tanh(self.first(z)), 0.2)
 
-        h = checkpoint(block, x, use_reentrant=False) if self.is_on else block(x)
+        x = x + self.shift
+        h = checkpoint(block, x, use_reentrant=self.use_reentrant) if self.is_on else block(x)
         return self.second(h.mean(1))
 
 
@@ -178,6 +181,24 @@ def test_activation_checkpointing_changes_nothing(method):
     for key in found[0]:
         torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-10, atol=1e-14)
         assert found[0][key].abs().max() > 0.0
+
+
+CALLS = {
+    "hyper": lambda made: mlodeco.hypergradient("hyper", program=made),
+    "model": lambda made: mlodeco.run(1, program=made, seed=0, progress="off"),
+}
+"""By the level whose loss each of them takes first."""
+
+
+@pytest.mark.parametrize("level", CALLS)
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_reentrant_checkpointing_is_refused_at_its_level(method, level):
+    make = partial(Checkpointed, is_on=True, use_reentrant=True)
+    made = program(make, METHODS.get(method), inner_steps=2)
+    with pytest.raises(LossError, match="use_reentrant=True") as caught:
+        CALLS[level](made)
+    assert caught.value.level == level
+    assert "use_reentrant=False" in caught.value.remedy
 
 
 ALIVE = weakref.WeakSet()

@@ -898,3 +898,17 @@ def test_parameters_that_only_a_later_batch_touches_enter_the_solve(product, acc
         for method in (Dense(product=product), Dense(product="reverse"))
     )
     assert relative(found, wanted) < (1e-6 if product == "difference" else 1e-10)
+
+
+@pytest.mark.parametrize("method", [CG(max_steps=6), Neumann(num_terms=6, step_size=0.01)])
+def test_a_product_is_freed_before_the_next_one(method):
+    matrix = symmetric(spread(12, 1.0, 20.0))
+    last: list[weakref.ref[Tensor]] = []
+
+    def matvec(x: Tree) -> Tree:
+        assert all(ref() is None for ref in last)
+        product = split(matrix @ joined(x))
+        last[:] = [weakref.ref(part) for part in product.values()]
+        return product
+
+    assert method.solve(matvec, split(randn(12))).steps == 6

@@ -19,7 +19,7 @@ from mlodeco.calculus.update import Update
 from mlodeco.tree import Tree
 
 if TYPE_CHECKING:
-    from mlodeco.calculus.products.compiled import Compiler
+    from mlodeco.calculus.products.compiler import Compiler
     from mlodeco.calculus.tape import Tape
 
 Batches = tuple[Mapping[str, Any], ...]

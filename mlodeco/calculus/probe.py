@@ -14,7 +14,7 @@ from mlodeco.calculus.autograd_graph import walk_graph
 from mlodeco.calculus.interception import Interception
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.randomness import preserved_randomness
-from mlodeco.calculus.stateless import live
+from mlodeco.calculus.stateless import StatelessLoss, live
 from mlodeco.errors import LossError
 
 
@@ -44,8 +44,8 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) ->
         parameters: the real parameters of every level of the program.
 
     Raises:
-        LossError: the function calls ``.backward()``, steps an optimizer, or changes its
-            batch or parameters in place.
+        LossError: the function calls ``.backward()``, steps an optimizer, changes its
+            batch or parameters in place, or uses reentrant activation checkpointing.
     """
     values = {level: live(tree) for level, tree in point.values.items()}
     copies = {id(t): level for level, tree in values.items() for t in tree.values()}
@@ -63,6 +63,7 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) ->
     def evaluate() -> set[int]:
         with _KeepsToItsTask(loss.level, loss.site):
             value, _ = next(point.losses())
+        _refuse_reentrant(loss, value)
         found = _leaves(value.grad_fn)
         return found if loss.shards is None else loss.shards.reached(value, found)
 
@@ -99,6 +100,19 @@ def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
 def _leaves(root: Any) -> set[int]:
     variables = (getattr(node, "variable", None) for node in walk_graph([root]))
     return {id(variable) for variable in variables if variable is not None}
+
+
+def _refuse_reentrant(loss: StatelessLoss, value: Tensor) -> None:
+    """Refuses checkpoints whose graph autograd cannot see, and gives no chosen gradients of."""
+    nodes = walk_graph([value.grad_fn])
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+        raise LossError(
+            "the loss uses torch.utils.checkpoint with use_reentrant=True.",
+            expected="activation checkpointing that torch.autograd.grad works with.",
+            remedy="call checkpoint(..., use_reentrant=False).",
+            level=loss.level,
+            site=loss.site,
+        )
 
 
 class _KeepsToItsTask(Interception):

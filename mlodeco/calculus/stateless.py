@@ -15,7 +15,7 @@ from mlodeco.calculus.precision import autocasting
 from mlodeco.calculus.shards import Shards
 from mlodeco.calculus.slots import Place, Slot, State, call_swapped
 from mlodeco.errors import LossError, MlodecoError, NonFiniteError
-from mlodeco.tree import Tree
+from mlodeco.tree import Tree, dense
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -348,7 +348,5 @@ def gradient(
         allow_unused=True,
     )
     return {
-        key: value.to_dense() if value.is_sparse else value
-        for key, value in zip(inputs, found, strict=True)
-        if value is not None
+        key: dense(value) for key, value in zip(inputs, found, strict=True) if value is not None
     }

@@ -62,6 +62,8 @@ def pull_back(
     values: Values,
     cotangent: Cotangent,
     reads: tuple[str, ...] = (),
+    *,
+    own: bool = True,
 ) -> Pulled:
     """The cotangent before an update, from that behind it: one vjp.
 
@@ -72,6 +74,7 @@ def pull_back(
         values: the parameters of the levels that the update reads.
         cotangent: that of the iterate behind it.
         reads: those of ``update.reads`` whose cotangents are wanted.
+        own: whether those of parameters and state are wanted beside that of the gradient.
 
     Raises:
         OptimizerError: the update cannot be differentiated.
@@ -86,10 +89,10 @@ def pull_back(
             live(wide(update.carried(before.state))),
             {level: live(values[level]) for level in reads},
         )
+        entries = arguments.entries()
+        inputs = {e: tensor for e, tensor in entries.items() if own or e[0] not in ("w", "s")}
         outputs = _outputs(update, before, arguments, values)
-        trees = _in_trees(
-            _vjp(arguments.entries(), outputs, cotangent), gradients, cotangent.parameters
-        )
+        trees = _in_trees(_vjp(inputs, outputs, cotangent), gradients, cotangent.parameters)
         pulled = trees.get("g", {})
         if pulled and clipped is not leaves:
             pulled = gradient([clipped[key] for key in pulled], leaves, list(pulled.values()))

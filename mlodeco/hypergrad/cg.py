@@ -97,6 +97,7 @@ class CG(Krylov):
                 if rounding * largest * longest >= start**0.5:
                     return mean.solution(matvec, b, steps, Status.SINGULAR)
             _add_to(residual, product, -length)
+            del product  # before the next one
             previous, squared = squared, dot(residual, residual)
             if squared <= goal or steps == self.max_steps:
                 break

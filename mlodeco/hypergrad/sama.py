@@ -68,6 +68,18 @@ class Sama(Options):
         """
         if is_zero(cotangent):
             return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
+        v = self._direction(problem, cotangent)
+        if not v:
+            return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
+        cross = open_curvature(problem, self.product).cross(v)
+        return Response(cross, Solution(v, 0, None, Status.TRUNCATED))
+
+    def _direction(self, problem: LowerProblem, cotangent: Tree) -> Tree:
+        """``v``; what it was made from is freed before the cross product.
+
+        Raises:
+            OptimizerError: the level has no optimizer, or one that cannot be differentiated.
+        """
         point = problem.point
         if point.next_update is None:
             raise OptimizerError(
@@ -77,16 +89,8 @@ class Sama(Options):
                 site=point.loss.site,
             )
         update, state = point.next_update()
+        before = Iterate(problem.parameters, state)
         gradients = first_gradient(problem)
-        pulled = pull_back(
-            update,
-            Iterate(problem.parameters, state),
-            gradients,
-            point.values,
-            Cotangent(cotangent),
-        )
-        v = scale(pulled.gradients, -self.scale)
-        if not v:
-            return Response({}, Solution(zeros_like(cotangent), 0, None, Status.CONVERGED))
-        cross = open_curvature(problem, self.product).cross(v)
-        return Response(cross, Solution(v, 0, None, Status.TRUNCATED))
+        behind = Cotangent(cotangent)
+        pulled = pull_back(update, before, gradients, point.values, behind, own=False)
+        return scale(pulled.gradients, -self.scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlodeco.calculus.mean import Trees
-from mlodeco.tree import Tree
+from mlodeco.tree import Tree, dense
 
 
 def pack(trees: Trees, like: Trees) -> Tensor:
@@ -47,7 +47,7 @@ def _tree(like: Mapping[str, Tensor], found: Iterator[tuple[Tensor, float]]) -> 
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    return dense(tensor.detach())
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mlodeco.calculus.stateless import StatelessLoss
 from mlodeco.hypergrad import CG, FiniteDifference, Identity, Neumann
 from mlodeco.runtime.fsdp import explained, groups, leaves, rest
 from mlodeco.runtime.sharding import plain_part, require_plain
-from mlodeco.tree import Tree, is_shard
+from mlodeco.tree import Tree, dense, is_shard
 
 if TYPE_CHECKING:
     from mlodeco.runtime.build import BuiltLevel
@@ -89,7 +89,7 @@ class ShardsInPlace:
         grads = {key: t.grad for key, t in held.items() if t.grad is not None}
         for tensor in held.values():
             tensor.grad = None
-        return {key: g.to_dense() if g.is_sparse else g for key, g in grads.items()}
+        return {key: dense(g) for key, g in grads.items()}
 
     def reached(self, output: Tensor, leaves: set[int]) -> set[int]:
         """With the shards whose whole parameters are among the leaves."""

@@ -43,7 +43,7 @@ from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.scaling import LossScale, scale_for
 from mlodeco.runtime.sharded_passes import ShardedPasses
 from mlodeco.runtime.sharding import plain_part
-from mlodeco.tree import Tree, dot, norm
+from mlodeco.tree import Tree, dense, dot, norm
 
 
 @dataclass
@@ -196,9 +196,10 @@ class Trainer:
                 total += share * self._value_of(loss)
                 loss = loss if self.own_scale == 1.0 else loss * self.own_scale
                 passes.backward(loss if share == 1.0 else loss * share)
+        self._passes = self._passes or self._choose_passes(self.level)
+        self._assign({name: dense(grad) for name, grad in self.gradients().items()})
         if self.own_scale != 1.0:
             torch._foreach_mul_(list(self.gradients().values()), 1.0 / self.own_scale)
-        self._passes = self._passes or self._choose_passes(self.level)
         averaged = passes.take_loss(total)
         if averaged is not None:
             return Gradients(averaged, metrics)

@@ -14,7 +14,7 @@ from mlodeco.calculus.products.choice import (
     open_curvature,
     open_linearization,
 )
-from mlodeco.calculus.products.compiled import Compiler
+from mlodeco.calculus.products.compiler import Compiler
 from mlodeco.calculus.products.difference import Difference
 from mlodeco.calculus.products.first_order import differentiate_once
 from mlodeco.calculus.products.fitted import fit_curvature, fit_linearization
