@@ -465,13 +465,19 @@ def test_options_of_an_optimizer_that_is_made_in_another_way():
     assert torch.equal(program.module("low").w, torch.full((2,), -0.25))
 
 
-def test_options_of_a_matrix_optimizer():
+class Open(SGD):
+    """An optimizer that hands its options on."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+
+
+@pytest.mark.parametrize("kind", [Open, torch.optim.AdamW, torch.optim.Muon])  # of matrices alone
+def test_the_class_of_an_optimizer_looks_at_its_options(kind):
     program = Program()
-    program.level("low", module={"w": torch.zeros(2, 3)}, optimizer=torch.optim.Muon)(
-        lambda m: m.w.sum()
-    )
+    program.level("low", module={"w": torch.zeros(2, 3)}, optimizer=kind)(lambda m: m.w.sum())
     changed(program, "low.optimizer.lr=-1")
-    with pytest.raises(OptimizerError, match="Muon cannot take"):
+    with pytest.raises(OptimizerError, match=f"{kind.__name__} cannot take lr=-1"):
         mlodeco.run(1, program=program, progress="off")
 
 

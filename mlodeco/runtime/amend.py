@@ -127,7 +127,8 @@ def _check_group(
 def _refusal(kind: Any, group: Mapping[str, Any]) -> Exception | None:
     """What a class of optimizers says against the options of a group that it knows."""
     known = inspect.signature(kind).parameters
-    options = {name: v for name, v in group.items() if name in known and name != "params"}
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    options = {k: v for k, v in group.items() if (is_open or k in known) and k != "params"}
     empty = [parameter.new_empty([0] * parameter.dim()) for parameter in group["params"]]
     try:
         kind(empty, **options)
