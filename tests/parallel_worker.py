@@ -19,6 +19,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from accelerate import Accelerator
@@ -505,6 +506,16 @@ class Numbers(torch.utils.data.IterableDataset):
         return iter(range(22))
 
 
+class Permuted(torch.utils.data.Sampler):
+    """A permutation drawn from NumPy's global stream."""
+
+    def __iter__(self):
+        return iter(numpy.random.permutation(22).tolist())
+
+    def __len__(self):
+        return 22
+
+
 def samples():
     """The sample numbers of every batch that a level sees, for several kinds of data."""
     numbers = TensorDataset(torch.arange(22))
@@ -515,6 +526,7 @@ def samples():
         "own generator": DataLoader(
             numbers, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5)
         ),
+        "numpy sampler": DataLoader(numbers, batch_size=4, sampler=Permuted()),
         "drop_last": DataLoader(numbers, batch_size=4, drop_last=True),
         "single": DataLoader(dataset, batch_size=None),
         "single, odd": DataLoader(torch.utils.data.StackDataset(torch.arange(3)), batch_size=None),
@@ -656,6 +668,17 @@ def accelerators():
     }
 
 
+def gathering():
+    """A validation over data that waits for the other processes at each batch."""
+    program = bilevel("identity", 2)
+
+    @program.validate(every=1, data=loader(9, 2))
+    def error(low, batch, ctx):
+        return {"error": ctx.gather(low(batch[0])).mean()}
+
+    return program
+
+
 def refused():
     """The messages of errors that all processes meet alike."""
     split = DataLoaderConfiguration(split_batches=True)
@@ -667,6 +690,7 @@ def refused():
             bilevel("identity", 2),
             {"accelerator": Accelerator(cpu=True, dataloader_config=split)},
         ),
+        "gather": (gathering(), {}),
         "divided sama": (bilevel("sama", 2, divided), {}),
         "divided unroll": (bilevel("unroll", 2, divided), {}),
         "divided rollback": (bilevel("neumann", 2, divided | {"rollback": True}), {}),

@@ -26,6 +26,7 @@ from mlodeco import MlodecoError, Program
 from mlodeco.cli import app
 from mlodeco.cli.settings import apply_settings, read_setting
 from mlodeco.declare.registry import LEVEL_OPTIONS
+from mlodeco.errors import OptimizerError, RunError
 from mlodeco.hypergrad import CG, NAMES, Guide, Neumann, read_method, spell
 from mlodeco.hypergrad.options import Options
 from tests.launching import LAUNCHERS, launched
@@ -434,6 +435,60 @@ def test_options_of_an_optimizer_that_is_there():
     assert program.levels["low"].optimizer is optimizer
 
 
+def test_options_that_an_optimizer_refuses_change_nothing_of_it():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([weight])
+    program = Program()
+    program.level("low", module={"w": weight}, optimizer=optimizer)(lambda m: m.w.sum())
+    before = {name: v for name, v in optimizer.param_groups[0].items() if name != "params"}
+    with pytest.raises(OptimizerError, match="Adam cannot take") as caught:
+        changed(program, "low.optimizer.lr=0.5", "low.optimizer.betas=[0.5, 1.5]")
+    assert caught.value.__notes__ == [
+        "  Set by: --set low.optimizer.lr=0.5, --set low.optimizer.betas=[0.5, 1.5]"
+    ]
+    assert {n: v for n, v in optimizer.param_groups[0].items() if n != "params"} == before
+
+
+class Halved(SGD):
+    """An optimizer that is made in a way of its own."""
+
+    def __init__(self, params, rate):
+        super().__init__(params, lr=rate / 2)
+
+
+def test_options_of_an_optimizer_that_is_made_in_another_way():
+    program = Program()
+    program.level("low", module={"w": torch.zeros(2)}, optimizer=partial(Halved, rate=1.0))(
+        lambda m: m.w.sum()
+    )
+    mlodeco.run(1, program=changed(program, "low.optimizer.lr=0.25"), progress="off")
+    assert torch.equal(program.module("low").w, torch.full((2,), -0.25))
+
+
+class Open(SGD):
+    """An optimizer that hands its options on."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+
+
+@pytest.mark.parametrize("kind", [Open, torch.optim.AdamW, torch.optim.Muon])  # of matrices alone
+def test_the_class_of_an_optimizer_looks_at_its_options(kind):
+    program = Program()
+    program.level("low", module={"w": torch.zeros(2, 3)}, optimizer=kind)(lambda m: m.w.sum())
+    changed(program, "low.optimizer.lr=-1")
+    with pytest.raises(OptimizerError, match=f"{kind.__name__} cannot take lr=-1"):
+        mlodeco.run(1, program=program, progress="off")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_optimizer_that_is_left_out_has_no_options(order):
+    texts = ["low.optimizer=None", "low.optimizer.lr=0.2"][::order]
+    with pytest.raises(RunError, match=r"left out, and its 'lr' set") as caught:
+        changed(declared(), *texts)
+    assert "low.optimizer.lr=0.2" in caught.value.__notes__[0]
+
+
 def test_what_a_module_has_learned_stays():
     program = Program()
     program.level("low", module=lambda: torch.nn.Linear(2, 1), optimizer=partial(SGD, lr=0.1))(
@@ -458,6 +513,12 @@ def test_what_a_module_has_learned_stays():
         ("low.optimizer.lrr=1", "Did you mean 'lr'?"),
         ("low.optimizer.lr=fast", "a value like 0.1"),
         ("low.optimizer.nesterov=1", "a value like False"),
+        ("low.optimizer.foreach=maybe", "a value like True"),
+        ("low.optimizer.fused=5", "a value like True"),
+        ("low.optimizer.lr=1e400", "lr is set to inf"),
+        ("low.optimizer.lr=-1", "SGD cannot take lr=-1: Invalid learning rate"),
+        ("low.optimizer.momentum=-5", "Invalid momentum"),
+        ("low.optimizer.nesterov=True", "requires a momentum"),
         ("low.optimizer=SGD", "low.optimizer.lr=0.1"),
         ("low.data=[1]", "an object of the script"),
         ("low.replica=3", "Did you mean 'replicas'?"),
@@ -473,6 +534,8 @@ def test_settings_that_cannot_be_made(text, said):
     assert said in str(caught.value)
     if program.levels != before:  # found by the build, with an optimizer or the graph at hand
         assert "optimizer" in text or "hypergrad" in text
+    if "optimizer." in text:
+        assert caught.value.__notes__ == [f"  Set by: --set {text}"]
 
 
 def test_a_level_without_an_optimizer_has_no_options_of_one():

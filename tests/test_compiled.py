@@ -38,6 +38,9 @@ WHOLE = {
 }
 """The cases that are compiled; the others take gradients themselves, are RNNs or checkpointed."""
 
+BEGUN = {"checkpointing": 1}
+"""Graphs of the others: checkpointing is compiled, and refused by torch as it first runs."""
+
 
 def relative(found, wanted):
     sizes = [float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted]
@@ -70,7 +73,7 @@ def test_products_are_the_same_at_other_parameters(case):
             assert relative(found.hvp(v), plain.hvp(v)) < 1e-12
             assert relative(found.cross(v)["top"], plain.cross(v)["top"]) < 1e-12
     assert (compiler.refusal is None) == (case in WHOLE)
-    assert compiler.graphs == (2 if case in WHOLE else compiler.graphs)
+    assert compiler.graphs == (2 if case in WHOLE else BEGUN.get(case, 0))
     messages = [str(w.message) for w in caught if w.category is FallbackWarning]
     assert len(messages) == (0 if case in WHOLE else 1)
     assert all(m.startswith("level 'low' (test_facts.py:") for m in messages)

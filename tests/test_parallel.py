@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from mlodeco import Runner
 from mlodeco.errors import DataError, OptimizerError, RunError
 from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
-from mlodeco.runtime.shards import shard
+from mlodeco.runtime.shares import share
 from tests.launching import LAUNCHERS, launched
 from tests.parallel_worker import (
     CASES,
@@ -152,7 +152,9 @@ def test_exact_averages_the_direct_pass_and_every_product(healthy):
     assert distance(first["state"], healthy[0][0]["once neumann"]["state"]) > 1e-7
 
 
-@pytest.mark.parametrize("kind", ["in order", "shuffled", "own generator", "drop_last", "stream"])
+@pytest.mark.parametrize(
+    "kind", ["in order", "shuffled", "own generator", "numpy sampler", "drop_last", "stream"]
+)
 def test_processes_see_together_what_one_sees(kind, healthy):
     first, second = (found["samples"][kind] for found in healthy[0])
     seen = [a + b for a, b in zip(first["seen"], second["seen"], strict=True)]
@@ -198,10 +200,10 @@ class Words(IterableDataset):
 
 def test_batches_that_cannot_be_padded_are_refused():
     processes = SimpleNamespace(count=2, rank=0)
-    share = shard(DataLoader(Words(), batch_size=1), processes, "pad")
+    cut = share(DataLoader(Words(), batch_size=1), processes, "pad")
     with pytest.raises(DataError, match=r"(?s)cannot be padded.*tails=\"pad\""):
-        list(share)
-    assert list(shard(DataLoader(Words(), batch_size=1), processes, "drop")) == [["one"]]
+        list(cut)
+    assert list(share(DataLoader(Words(), batch_size=1), processes, "drop")) == [["one"]]
 
 
 def test_a_shuffled_pass_is_that_of_one_process(healthy):
@@ -273,6 +275,7 @@ def test_what_cannot_be_done_is_refused(healthy):
         assert "Did you mean 'once'?" in messages["reduce"]
         assert "Did you mean 'pad'?" in messages["tails"]
         assert "divide the batch sizes by the number of processes" in messages["split"]
+        assert "leave data= out of @validate" in messages["gather"]
         for what in ("sama", "unroll", "rollback"):
             message = messages[f"divided {what}"]
             assert "level 'low'" in message

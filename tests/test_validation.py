@@ -317,3 +317,18 @@ def test_empty_data_are_refused():
     program.validate(data=[])(lambda batch: {})
     with pytest.raises(DataError, match="empty"):
         run(program, 1)
+
+
+def test_what_a_function_tells_of_its_batches():
+    program = make()
+
+    @program.validate(every=1, data=[randn(4, 3), randn(2, 3)])
+    def look(batch, ctx):
+        ctx.log(size=len(batch))
+        if ctx.tick == 2:
+            ctx.stop("seen enough")
+        return {"m": ctx.gather(batch).sum()}
+
+    result = run(program, 5)
+    assert (result.ticks, result.stop_reason) == (2, "seen enough")
+    assert result.history.validations[0].metrics["size"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,18 @@ def restore(saved: Any) -> None:
     numpy = sys.modules["numpy"]
     numpy.random.set_state(saved)
     _keep(_twister(numpy), saved)
+
+
+def spelled() -> str:
+    """Its state as JSON, ``null`` without NumPy."""
+    return json.dumps(state(), default=lambda array: array.tolist())
+
+
+def restore_spelled(text: str) -> None:
+    """Puts back a state that another process has spelled; nothing where one lacks NumPy."""
+    found = json.loads(text)
+    if found is not None and "numpy" in sys.modules:
+        restore(found)
 
 
 @contextmanager

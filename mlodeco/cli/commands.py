@@ -132,13 +132,10 @@ def graph(
 ) -> None:
     """Show the dataflow graph of a script's program, and do not train it."""
 
-    def draw(run: object, given: dict[str, Any]) -> NoReturn:
-        view = given["program"].graph()
-        if launched_rank() == 0:
-            _print_graph(view, form)
-        raise Shown
+    def draw(given: dict[str, Any]) -> None:
+        _print_graph(given["program"].graph(), form)
 
-    _execute(script, arguments, settings, draw, traceback=traceback)
+    _show(script, arguments, settings, draw, traceback=traceback)
 
 
 @app.command()
@@ -155,17 +152,15 @@ def check(
 ) -> None:
     """Compare hypergradients with converged ones where training would start."""
 
-    def compare(run: object, given: dict[str, Any]) -> NoReturn:
-        if launched_rank() == 0:
-            _compare(
-                given,
-                level or [],
-                seed=given.get("seed") if seed is None else seed,
-                nested=given.get("nested", False) if nested is None else nested,
-            )
-        raise Shown
+    def compare(given: dict[str, Any]) -> None:
+        _compare(
+            given,
+            level or [],
+            seed=given.get("seed") if seed is None else seed,
+            nested=given.get("nested", False) if nested is None else nested,
+        )
 
-    _execute(script, arguments, settings, compare, traceback=traceback)
+    _show(script, arguments, settings, compare, traceback=traceback)
 
 
 @app.command()
@@ -232,6 +227,24 @@ def _options_of_run(context: typer.Context) -> dict[str, Any]:
     """What the command line gives of the arguments of ``mlodeco.run``."""
     known = inspect.signature(mlodeco.run).parameters
     return {k: v for k, v in context.params.items() if k in known and v is not None}
+
+
+def _show(
+    script: Path,
+    arguments: list[str] | None,
+    settings: list[str] | None,
+    show: Callable[[dict[str, Any]], None],
+    *,
+    traceback: bool,
+) -> None:
+    """Shows what a script would train, once however many processes there are."""
+
+    def act(run: object, given: dict[str, Any]) -> NoReturn:
+        if launched_rank() == 0:
+            show(given)
+        raise Shown
+
+    _execute(script, arguments, settings, act, traceback=traceback)
 
 
 def _execute(

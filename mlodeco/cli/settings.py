@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -92,19 +93,44 @@ def apply_settings(settings: Sequence[Setting], program: Registry) -> None:
             )
     for level in dict.fromkeys(setting.level for setting in settings):
         made = [setting for setting in settings if setting.level == level]
-        try:
+        with _attributed(made):
             amend(program, level, _options(made, program.levels[level]))
-        except MlodecoError as error:
-            error.add_note(f"  Set by: {', '.join(f'--set {one.text}' for one in made)}")
-            raise
+
+
+@contextmanager
+def _attributed(settings: Sequence[Setting]) -> Iterator[None]:
+    """Adds to an error which settings it comes from."""
+    try:
+        yield
+    except MlodecoError as error:
+        error.add_note(f"  Set by: {_written(settings)}")
+        raise
+
+
+def _written(settings: Sequence[Setting]) -> str:
+    return ", ".join(f"--set {one.text}" for one in settings)
 
 
 def _options(settings: Sequence[Setting], declaration: LevelDeclaration) -> dict[str, Any]:
-    """The options of one level; those of its optimizer are one option."""
+    """The options of one level; those of its optimizer are one option.
+
+    Raises:
+        MlodecoError: the optimizer is left out and has options, or cannot have these.
+    """
     options = {one.option: one.value for one in settings if not one.of_optimizer}
-    inner = {one.option: one.value for one in settings if one.of_optimizer}
-    if inner:
-        options["optimizer"] = with_options(declaration, inner)
+    inner = [one for one in settings if one.of_optimizer]
+    if not inner:
+        return options
+    if "optimizer" in options:
+        raise RunError(
+            f"the optimizer is left out, and its {quoted(one.option for one in inner)} set.",
+            remedy=f"leave {declaration.name}.optimizer=None out, or the options.",
+            level=declaration.name,
+            site=str(declaration.site),
+        )
+    made = with_options(declaration, {one.option: one.value for one in inner})
+    # a factory has its options only once it is called
+    options["optimizer"] = _attributed(inner)(made) if callable(made) else made
     return options
 
 

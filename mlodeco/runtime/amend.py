@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -58,7 +60,7 @@ def with_options(declaration: LevelDeclaration, options: Mapping[str, Any]) -> A
 
     Raises:
         OptimizerError: the level has no optimizer; or, perhaps at a call, the optimizer has no
-            such option or the value is not of its kind.
+            such option, the value is not of its kind, or its class refuses it.
     """
     given = declaration.optimizer
     if given is None:
@@ -83,9 +85,56 @@ def with_options(declaration: LevelDeclaration, options: Mapping[str, Any]) -> A
 
 
 def _set(optimizer: Optimizer, options: Mapping[str, Any], declaration: LevelDeclaration) -> None:
-    for option, value in options.items():
-        for group in optimizer.param_groups:
-            group[option] = _fitting(value, option, group, declaration)
+    """Changes all groups, or none where the values cannot be right.
+
+    Raises:
+        OptimizerError: they cannot.
+    """
+    changes = [
+        {option: _fitting(value, option, group, declaration) for option, value in options.items()}
+        for group in optimizer.param_groups
+    ]
+    for group, changed in zip(optimizer.param_groups, changes, strict=True):
+        _check_group(optimizer, group, changed, declaration)
+    for group, changed in zip(optimizer.param_groups, changes, strict=True):
+        group.update(changed)
+
+
+def _check_group(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    declaration: LevelDeclaration,
+) -> None:
+    """Has the optimizer's own class look at the options of a group.
+
+    Raises:
+        OptimizerError: it takes the group as it is, and not as changed.
+    """
+    if _refusal(type(optimizer), group) is not None:  # a class that is made in another way
+        return
+    refusal = _refusal(type(optimizer), {**group, **changed})
+    if refusal is not None:
+        given = ", ".join(f"{option}={value!r}" for option, value in changed.items())
+        raise OptimizerError(
+            f"{type(optimizer).__name__} cannot take {given}: {refusal}.",
+            remedy=f"correct {quoted(changed)}, or leave out what was set.",
+            level=declaration.name,
+            site=str(declaration.site),
+        ) from refusal
+
+
+def _refusal(kind: Any, group: Mapping[str, Any]) -> Exception | None:
+    """What a class of optimizers says against the options of a group that it knows."""
+    known = inspect.signature(kind).parameters
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    options = {k: v for k, v in group.items() if (is_open or k in known) and k != "params"}
+    empty = [parameter.new_empty([0] * parameter.dim()) for parameter in group["params"]]
+    try:
+        kind(empty, **options)
+    except Exception as error:  # a class of a user's own may raise any
+        return error
+    return None
 
 
 def _fitting(value: Any, option: str, group: Mapping[str, Any], level: LevelDeclaration) -> Any:
@@ -106,15 +155,22 @@ def _fitting(value: Any, option: str, group: Mapping[str, Any], level: LevelDecl
     present = group[option]
     if isinstance(present, tuple) and isinstance(value, list):
         value = tuple(value)
-    if value is not None and present is not None and _kind(value) is not _kind(present):
+    # torch looks neither at the kind of a flag nor for infinity
+    like = True if present is None and option in _FLAGS else present
+    is_other = value is not None and like is not None and _kind(value) is not _kind(like)
+    if is_other or (isinstance(value, float) and not math.isfinite(value)):
         raise OptimizerError(
             f"the optimizer's {option} is set to {value!r}.",
-            expected=f"a value like {present!r}.",
+            expected=f"a value like {like!r}.",
             remedy="set one of that kind, or leave it out.",
             level=level.name,
             site=str(level.site),
         )
     return value
+
+
+_FLAGS = ("foreach", "fused")
+"""Options of torch's optimizers that are None until somebody chooses."""
 
 
 def _kind(value: Any) -> type:

@@ -96,6 +96,33 @@ class Processes:
         yield
 
 
+class Apart(Processes):
+    """The processes of a run where they call a function, but not equally often.
+
+    Args:
+        processes: these.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.rank, self.count, self.is_main = processes.rank, processes.count, processes.is_main
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor, in one process.
+
+        Raises:
+            RunError: there are several, which might wait for each other without end.
+        """
+        if self.count == 1:
+            return tensor
+        raise RunError(
+            "ctx.gather in a validation with data=, of which processes may have different "
+            "numbers of batches.",
+            expected="metrics of the batch at hand, which are averaged over all processes.",
+            remedy="return them without gathering, or leave data= out of @validate, iterate over "
+            "the data in the function and gather behind that.",
+        )
+
+
 class SeveralProcesses(Processes):
     """Processes that talk by the collectives of torch's default group.
 

@@ -75,7 +75,7 @@ from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.scaling import make_scale
 from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
-from mlodeco.runtime.shards import TAILS, drawn_alike, shard
+from mlodeco.runtime.shares import TAILS, drawn_alike, share
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -220,10 +220,10 @@ class Runner:
             Validation(d, self.built, place, processes, dtype) for d in registry.validations
         ]
         levels = self.built.levels
-        share = partial(shard, processes=processes, tails=self._tails)
+        cut = partial(share, processes=processes, tails=self._tails)
         passes = partial(passes_of, processes=processes, given=self._accelerator.ddp_handler)
         self._trainers = {
-            n: Trainer(self.built, level, place, processes, share, passes)
+            n: Trainer(self.built, level, place, processes, cut, passes)
             for n, level in levels.items()
         }
         set_precision(levels.values(), self._precision)

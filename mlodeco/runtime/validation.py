@@ -21,8 +21,8 @@ from mlodeco.runtime.fsdp import gathered
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.hooks import bind_validation, describe_validation
 from mlodeco.runtime.modules import preserved_modes
-from mlodeco.runtime.processes import Processes
-from mlodeco.runtime.shards import shard_all
+from mlodeco.runtime.processes import Apart, Processes
+from mlodeco.runtime.shares import share_all
 
 
 def _summed(found: list[dict[str, float]]) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Validation:
         self._source = (
             None
             if declaration.data is None
-            else shard_all(open_source(declaration.data, self._where), processes)
+            else share_all(open_source(declaration.data, self._where), processes)
         )
         self.last_tick = 0
         self.best: float | None = None
@@ -89,14 +89,22 @@ class Validation:
     def _measure(self, ctx: Context) -> dict[str, float]:
         if self._source is None:
             return _mean_of_all(self._processes.exchange(self._call({"ctx": ctx})))
+        apart = Context(
+            tick=ctx.tick,
+            device=ctx.device,
+            generator=ctx.generator,
+            accelerator=ctx.accelerator,
+            processes=Apart(self._processes),
+        )
         sums: dict[str, float] = {}
         samples = 0
         for raw in self._source:
             batch = self._place(raw)
             size = count_samples(batch)
             samples += size
-            for name, value in self._call({"ctx": ctx, "batch": batch}).items():
+            for name, value in self._call({"ctx": apart, "batch": batch}).items():
                 sums[name] = sums.get(name, 0.0) + size * value
+        ctx.adopt(apart)
         found = self._processes.exchange([sums, samples])
         sums, samples = _summed([one for one, _ in found]), sum(size for _, size in found)
         if not samples:

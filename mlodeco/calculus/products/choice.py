@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +20,9 @@ from mlodeco.calculus.products.reverse_over_forward import cross_by_duals
 from mlodeco.calculus.products.shared import share_curvature, share_linearization
 from mlodeco.tree import Tree
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 PRODUCTS: Final = ("auto", "reverse", "reverse_over_forward", "forward", "difference")
 """The modes of a product."""
 
@@ -28,18 +30,15 @@ LINEARIZATIONS: Final = ("auto", "reverse", "forward", "difference")
 """Those that give the gradient and both products in one pass."""
 
 
-class _ReverseWithDuals:
+class _Mode(Curvature, Linearization, Protocol):
+    """Both signatures."""
+
+
+class _ReverseWithDuals(Reverse):
     """Hessian products in reverse, cross products by duals; no fallback."""
 
     def __init__(self, problem: LowerProblem) -> None:
-        self._problem = problem
-        self._reverse = Reverse(problem, with_targets=False)
-
-    def touched(self) -> tuple[str, ...]:
-        return self._reverse.touched()
-
-    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
-        return self._reverse.hvp(v)
+        super().__init__(problem, with_targets=False)
 
     def cross(self, v: Mapping[str, Tensor]) -> Cross:
         return cross_by_duals(self._problem, v)
@@ -48,15 +47,30 @@ class _ReverseWithDuals:
 class _Named:
     """A mode asked for by name: where it does not run, it says so and what does."""
 
-    def __init__(self, problem: LowerProblem, product: str) -> None:
+    def __init__(self, mode: _Mode, problem: LowerProblem, product: str) -> None:
+        self._mode = mode
         self._problem = problem
         self._product = product
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Adds to an error what would run."""
+    def touched(self) -> tuple[str, ...]:
+        return self._noted(self._mode.touched)
+
+    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
+        return self._noted(self._mode.hvp, v)
+
+    def cross(self, v: Mapping[str, Tensor]) -> Cross:
+        return self._noted(self._mode.cross, v)
+
+    def gradient(self) -> Tree:
+        return self._noted(self._mode.gradient)
+
+    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
+        return self._noted(self._mode.pull_back, v, own=own)
+
+    def _noted(self, product: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The product; to an error is added what would run."""
         try:
-            yield
+            return product(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -68,71 +82,38 @@ class _Named:
             raise
 
 
-class _NamedCurvature(_Named):
-    def __init__(self, curvature: Curvature, problem: LowerProblem, product: str) -> None:
-        super().__init__(problem, product)
-        self._curvature = curvature
-
-    def touched(self) -> tuple[str, ...]:
-        with self.noted():
-            return self._curvature.touched()
-
-    def hvp(self, v: Mapping[str, Tensor]) -> Tree:
-        with self.noted():
-            return self._curvature.hvp(v)
-
-    def cross(self, v: Mapping[str, Tensor]) -> Cross:
-        with self.noted():
-            return self._curvature.cross(v)
-
-
-class _NamedLinearization(_Named):
-    def __init__(self, opened: Linearization, problem: LowerProblem, product: str) -> None:
-        super().__init__(problem, product)
-        self._opened = opened
-
-    def gradient(self) -> Tree:
-        with self.noted():
-            return self._opened.gradient()
-
-    def pull_back(self, v: Mapping[str, Tensor], *, own: bool = True) -> tuple[Tree, Cross]:
-        with self.noted():
-            return self._opened.pull_back(v, own=own)
+_MODES: Final[Mapping[str, Callable[[LowerProblem], _Mode]]] = {
+    "reverse": Reverse,
+    "forward": Forward,
+    "difference": Difference,
+}
+_MODES_OF_PRODUCTS: Final = {**_MODES, "reverse_over_forward": _ReverseWithDuals}
 
 
 def open_curvature(problem: LowerProblem, product: str) -> Curvature:
     """The products of ``problem`` in the mode named, one of :data:`PRODUCTS`."""
-    modes: dict[str, Callable[[LowerProblem], Curvature]] = {
-        "reverse": Reverse,
-        "reverse_over_forward": _ReverseWithDuals,
-        "forward": Forward,
-        "difference": Difference,
-    }
-    found: Curvature
     if problem.opened is not None:
-        found = problem.opened(problem, product)
+        found: Curvature = problem.opened(problem, product)
         return found
-    if product in modes:
-        found = _NamedCurvature(modes[product](problem), problem, product)
-    else:
-        found = Automatic(problem)
-    if problem.point.compiler is not None and product in COMPILED_PRODUCTS:
-        found = CompiledProducts(problem, problem.point.compiler, found)
-    return fit_curvature(share_curvature(found, problem), problem)
+    own = _open(problem, product, _MODES_OF_PRODUCTS)
+    return fit_curvature(share_curvature(own, problem), problem)
 
 
 def open_linearization(problem: LowerProblem, product: str) -> Linearization:
     """The gradient of ``problem`` and its products, in a mode of :data:`LINEARIZATIONS`."""
-    modes: dict[str, Callable[[LowerProblem], Linearization]] = {
-        "reverse": Reverse,
-        "forward": Forward,
-        "difference": Difference,
-    }
-    found: Linearization
+    own = _open(problem, product, _MODES)
+    return fit_linearization(share_linearization(own, problem), problem)
+
+
+def _open(
+    problem: LowerProblem, product: str, modes: Mapping[str, Callable[[LowerProblem], _Mode]]
+) -> _Mode:
+    """The products of this process's loss, compiled where the point says so."""
+    found: _Mode
     if product in modes:
-        found = _NamedLinearization(modes[product](problem), problem, product)
+        found = _Named(modes[product](problem), problem, product)
     else:
         found = Automatic(problem)
     if problem.point.compiler is not None and product in COMPILED_PRODUCTS:
         found = CompiledProducts(problem, problem.point.compiler, found)
-    return fit_linearization(share_linearization(found, problem), problem)
+    return found

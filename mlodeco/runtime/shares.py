@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import concatenate, slice_tensors
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from mlodeco.calculus import numpy_stream
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.errors import DataError
 from mlodeco.runtime.data import count_samples
@@ -28,7 +29,7 @@ TAILS = ("drop", "pad")
 """What ``tails=`` may be."""
 
 
-def shard(source: Iterable[Any], processes: Processes, tails: str) -> Iterable[Any]:
+def share(source: Iterable[Any], processes: Processes, tails: str) -> Iterable[Any]:
     """This process's batches of a DataLoader; other iterables are replicated.
 
     Of each N batches in turn every one of N processes takes one, so that together they see what
@@ -39,7 +40,7 @@ def shard(source: Iterable[Any], processes: Processes, tails: str) -> Iterable[A
     return _cut(source, processes, tails) if isinstance(source, DataLoader) else source
 
 
-def shard_all(source: Iterable[Any], processes: Processes) -> Iterable[Any]:
+def share_all(source: Iterable[Any], processes: Processes) -> Iterable[Any]:
     """The same for validations: any iterable, nothing dropped, nothing twice."""
     return _cut(source, processes, "keep")
 
@@ -51,9 +52,9 @@ def _cut(source: Iterable[Any], processes: Processes, tails: str) -> Iterable[An
     if name is None:
         return _Share(source, processes, _BATCHES, tails)
     loader = copy.copy(source)
-    share = _Share(getattr(source, name), processes, _INDICES, tails, is_common=True)
+    own = _Share(getattr(source, name), processes, _INDICES, tails, is_common=True)
     # past __setattr__, which refuses; a new DataLoader would lose what a subclass adds
-    vars(loader).update({name: share, "_iterator": None})
+    vars(loader).update({name: own, "_iterator": None})
     return loader
 
 
@@ -215,9 +216,10 @@ def _streams_of_main(sampler: Any, processes: Processes) -> Iterator[None]:
         yield
         return
     with preserved_randomness():
-        torch_state, python_state, *states = found
+        torch_state, python_state, numpy_state, *states = found
         torch.set_rng_state(_tensor(torch_state))
         random.setstate((python_state[0], tuple(python_state[1]), python_state[2]))
+        numpy_stream.restore_spelled(numpy_state)
         for generator, state in zip(own, states, strict=True):
             generator.set_state(_tensor(state))
         yield
@@ -225,7 +227,12 @@ def _streams_of_main(sampler: Any, processes: Processes) -> Iterator[None]:
 
 def _spell(generators: list[torch.Generator]) -> list[Any]:
     states = [g.get_state() for g in generators]
-    return [_text(torch.get_rng_state()), random.getstate(), *map(_text, states)]
+    return [
+        _text(torch.get_rng_state()),
+        random.getstate(),
+        numpy_stream.spelled(),
+        *map(_text, states),
+    ]
 
 
 def _text(state: torch.Tensor) -> str:
