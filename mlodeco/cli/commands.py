@@ -156,13 +156,12 @@ def check(
     """Compare hypergradients with converged ones where training would start."""
 
     def compare(run: object, given: dict[str, Any]) -> NoReturn:
-        if launched_rank() == 0:
-            _compare(
-                given,
-                level or [],
-                seed=given.get("seed") if seed is None else seed,
-                nested=given.get("nested", False) if nested is None else nested,
-            )
+        _compare(
+            given,
+            level or [],
+            seed=given.get("seed") if seed is None else seed,
+            nested=given.get("nested", False) if nested is None else nested,
+        )
         raise Shown
 
     _execute(script, arguments, settings, compare, traceback=traceback)
@@ -213,7 +212,11 @@ def _compare(
     program = given["program"]
     if seed is not None:
         seed_all(seed)
+    # shards are made, and made whole, by all processes together
     built = build(program)
+    is_main = launched_rank() == 0
+    if not is_main and not any(one.is_sharded for one in built.levels.values()):
+        return
     found = levels or [
         name
         for name in built.levels
@@ -225,7 +228,9 @@ def _compare(
             remedy="see what reads what: mlodeco graph.",
         )
     for name in found:
-        print(mlodeco.check(name, program=program, nested=nested))
+        report = mlodeco.check(name, program=program, nested=nested)
+        if is_main:
+            print(report)
 
 
 def _options_of_run(context: typer.Context) -> dict[str, Any]:
