@@ -9,16 +9,18 @@ import gc
 import os
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -30,8 +32,11 @@ from torch.optim import SGD, Adam
 
 import mlodeco
 from mlodeco import Program, Runner
+from mlodeco.cli.commands import app
 from mlodeco.hypergrad import CG, Identity, Neumann, Nystrom
-from mlodeco.runtime import board, fsdp
+from mlodeco.runtime import board, build, fsdp
+from mlodeco.runtime.engine import compute_hypergradient, muted_context
+from mlodeco.runtime.processes import processes_of
 from tests.parallel_worker import data, loader, vector
 
 STEPS = 12
@@ -335,14 +340,98 @@ def counted_gathers():
         fsdp.whole = whole
 
 
+def apart(parts, kind="whole"):
+    """Solves that take other numbers of products in each process, by its own data."""
+    program = Program()
+    sgd = partial(SGD, lr=0.05)
+
+    @program.level(
+        "low", module=lambda: made(kind, layers, net), optimizer=sgd, data=loader(1, parts)
+    )
+    def low(model, batch, mid):
+        x, y = batch
+        return ((model(x)[:, 0] - y) ** 2 * (x @ mid.x).sigmoid()).mean()
+
+    @program.level(
+        "mid",
+        lower=["low"],
+        hypergrad="finite_difference",
+        module=vector(),
+        optimizer=sgd,
+        data=loader(2, parts),
+    )
+    def mid(m, batch, low, top):
+        x, y = batch
+        stretch = 0.0 if distributed.get_rank() == 0 else 1.0  # isotropic in the first process
+        fit = (stretch * x @ m.x - y) ** 2
+        return 1e-3 * (low(x)[:, 0] - y).mean() ** 2 + fit.mean() + ((m.x - top.x) ** 2).sum()
+
+    @program.level(
+        "top",
+        lower=["mid", "low"],
+        hypergrad=CG(product="difference", rtol=1e-4),
+        module=vector(),
+        optimizer=sgd,
+        data=loader(3, parts),
+    )
+    def top(m, batch, low, mid):
+        x, y = batch
+        return ((low(x)[:, 0] + x @ mid.x - y) ** 2).mean() + 0.01 * (m.x**2).sum()
+
+    return program
+
+
+ONCE = {name: CASES[f"bilevel {name}"] for name in ("neumann", "cg", "finite_difference")}
+ONCE |= {"apart": apart}
+
+
 def once():
-    """One mean a hypergradient, beside what FSDP does itself."""
+    """Trained with one mean a hypergradient, and the gathers."""
     found = {}
-    for name in ("neumann", "finite_difference"):
-        program = bilevel(METHODS[name], 2, "sharded")
-        Runner(program, seed=3, reduce="once").run(FEW)
-        found[name] = state(program)
+    for name, make in ONCE.items():
+        for kind in ("whole", "sharded"):
+            program = make(2, kind)
+            with counted_gathers() as seen:
+                Runner(program, seed=3, reduce="once").run(FEW)
+            found[name, kind] = {"state": state(program), "gathers": len(seen)}
     return found
+
+
+def compared(kind):
+    """What is found where each process has a batch of its own, of which one needs no advice."""
+    torch.manual_seed(3)
+    program = bilevel("identity", 2, kind, shard=fully_shard, make=lambda: nn.Linear(3, 1).double())
+    x, y = data(distributed.get_rank())
+    if distributed.get_rank() == 0:
+        x = torch.cat([torch.eye(3), -torch.eye(3)]).double() * 3**0.5
+    batches = {"low": (x, y[: len(x)]), "top": data(5)}
+    with counted_gathers() as seen:
+        report = mlodeco.check("top", program=program, batches=batches)
+    hypergradients = {
+        f"{method}, {key}": tensor
+        for method in ("neumann", "finite_difference")
+        for key, tensor in mlodeco.hypergradient(
+            "top", program=program, batches=batches, hypergrad=method
+        ).items()
+    }
+    return {"report": str(report), "gathers": len(seen), "hypergradients": hypergradients}
+
+
+SCRIPT = """
+import mlodeco
+from tests.sharded_worker import bilevel
+
+mlodeco.run(3, program=bilevel("neumann", 2, "KIND"), seed=3)
+"""
+
+
+def command(kind):
+    """What the command prints that compares hypergradients of a script."""
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()) as printed:
+        script = Path(folder) / "script.py"
+        script.write_text(SCRIPT.replace("KIND", kind))
+        app(["check", str(script)], standalone_mode=False)
+    return printed.getvalue()
 
 
 def survivors():
@@ -379,11 +468,12 @@ def bits(program):
 def purity():
     """The lower level before and after hypergradients, one of which raises."""
     found = {}
-    for name, method in {"gathered": "neumann", "in place": "finite_difference"}.items():
+    ways = {"gathered": ("neumann", None), "in place": ("finite_difference", mean_of_all())}
+    for name, (method, mean) in ways.items():
         program = bilevel(method, 2, "sharded", shard=registered, make=Encoder, call="encode")
         Runner(program, seed=3).run(FEW)
         before = bits(program)
-        gradient = mlodeco.hypergradient("top", program=program)
+        gradient = differentiate(program, mean)
         after = bits(program)
         calls = []
 
@@ -394,7 +484,7 @@ def purity():
 
         handle = program.module("low").net[2].register_forward_hook(fail)
         try:
-            mlodeco.hypergradient("top", program=program, hypergrad=METHODS["finite_difference"])
+            differentiate(program, mean, "finite_difference")
             message = ""
         except ValueError as error:
             message = str(error)
@@ -404,10 +494,31 @@ def purity():
             "after": after,
             "raised": bits(program),
             "message": message,
-            "again": mlodeco.hypergradient("top", program=program),
+            "again": differentiate(program, mean),
             "gradient": gradient,
         }
     return found
+
+
+def mean_of_all():
+    """The mean over processes that a run has."""
+    return processes_of(distributed.get_rank(), 2, torch.device("cpu")).mean
+
+
+def differentiate(program, mean, method=None):
+    """The hypergradient of a process by itself, or of the mean losses."""
+    chosen = {} if method is None else {"hypergrad": method}
+    if mean is None:
+        return mlodeco.hypergradient("top", program=program, **chosen)
+    built = build(program)
+    return compute_hypergradient(
+        built,
+        "top",
+        {name: level.last_batches for name, level in built.levels.items()},
+        partial(muted_context, built),
+        methods=built.methods_for(method) if method else None,
+        mean=mean,
+    ).gradient
 
 
 def looks(kind):
@@ -596,7 +707,9 @@ def everything():
     for case in BESIDE_WHOLE:
         found[case]["whole"] = train(case, 2)
     found |= {f.__name__: f() for f in (once, purity, refused, prepared)}
-    return found | {"looks": {kind: looks(kind) for kind in ("whole", "sharded")}}
+    for f in (looks, compared, command):
+        found[f.__name__] = {kind: f(kind) for kind in ("whole", "sharded")}
+    return found
 
 
 if __name__ == "__main__":

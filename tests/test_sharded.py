@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.sharded_worker import BESIDE_WHOLE, CASES, UNEQUAL, train
+from tests.sharded_worker import BESIDE_WHOLE, CASES, ONCE, UNEQUAL, train
 from tests.test_parallel import distance, finish, free_port, left, place, start
 
 IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name} | {
@@ -58,10 +58,37 @@ def test_no_whole_copy_is_left_behind_a_hypergradient(both):
         assert found["survivors"] == [[]] * 4
 
 
-def test_one_mean_of_results_suffices_where_asked_for(both):
+@pytest.mark.parametrize("case", ONCE)
+def test_one_mean_of_results_suffices_where_asked_for(case, both):
     first, second = (found["once"] for found in both)
-    for name in first:
-        assert distance(first[name], second[name]) == 0.0
+    whole, sharded = first[case, "whole"], first[case, "sharded"]
+    assert distance(whole["state"], sharded["state"]) < 1e-9
+    assert distance(sharded["state"], second[case, "sharded"]["state"]) == 0.0
+    assert sharded["gathers"] > 0  # also for differences: each process solves by itself
+
+
+def test_functional_hypergradients_are_those_of_each_process_by_itself(both):
+    for found in (found["compared"] for found in both):
+        whole, sharded = (found[kind]["hypergradients"] for kind in ("whole", "sharded"))
+        assert distance(whole, sharded) < 1e-9
+    first, second = (found["compared"]["sharded"]["hypergradients"] for found in both)
+    assert distance(first, second) > 1e-2
+
+
+def test_checks_differ_between_processes_and_gather_once(both):
+    first, second = (found["compared"]["sharded"] for found in both)
+    assert "no knob needs a turn" in first["report"]
+    assert "in place of" in second["report"]  # found by more sweeps
+    for found in (found["compared"] for found in both):
+        assert found["sharded"]["report"] == found["whole"]["report"]
+        assert found["sharded"]["gathers"] == 2  # a weight and a bias
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_the_command_checks_in_all_processes_and_prints_in_the_first(kind, both):
+    first, second = (found["command"][kind] for found in both)
+    assert "hypergradient of 'top' against the converged one" in first
+    assert second == ""
 
 
 @pytest.mark.parametrize("way", ["gathered", "in place"])

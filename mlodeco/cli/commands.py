@@ -133,7 +133,8 @@ def graph(
     """Show the dataflow graph of a script's program, and do not train it."""
 
     def draw(given: dict[str, Any]) -> None:
-        _print_graph(given["program"].graph(), form)
+        if launched_rank() == 0:
+            _print_graph(given["program"].graph(), form)
 
     _show(script, arguments, settings, draw, traceback=traceback)
 
@@ -208,7 +209,11 @@ def _compare(
     program = given["program"]
     if seed is not None:
         seed_all(seed)
+    # shards are made, and made whole, by all processes together
     built = build(program)
+    is_main = launched_rank() == 0
+    if not is_main and not any(one.is_sharded for one in built.levels.values()):
+        return
     found = levels or [
         name
         for name in built.levels
@@ -220,7 +225,9 @@ def _compare(
             remedy="see what reads what: mlodeco graph.",
         )
     for name in found:
-        print(mlodeco.check(name, program=program, nested=nested))
+        report = mlodeco.check(name, program=program, nested=nested)
+        if is_main:
+            print(report)
 
 
 def _options_of_run(context: typer.Context) -> dict[str, Any]:
@@ -237,11 +244,10 @@ def _show(
     *,
     traceback: bool,
 ) -> None:
-    """Shows what a script would train, once however many processes there are."""
+    """Shows what a script would train."""
 
     def act(run: object, given: dict[str, Any]) -> NoReturn:
-        if launched_rank() == 0:
-            show(given)
+        show(given)
         raise Shown
 
     _execute(script, arguments, settings, act, traceback=traceback)

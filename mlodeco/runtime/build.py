@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -183,6 +183,7 @@ class Build:
     fingerprint: tuple[Any, ...] = ()
     _plans: dict[str, SweepPlan] = field(default_factory=dict)
     _nests: dict[str, NestPlan] = field(default_factory=dict)
+    _wholes: dict[int, Tensor] = field(default_factory=dict)
 
     def readers(self, source: str) -> tuple[str, ...]:
         """The levels that read a source."""
@@ -262,18 +263,29 @@ class Build:
         Args:
             levels: their names.
             whole: whether sharded levels are gathered, and shown whole by their modules
-                meanwhile.
+                meanwhile; within a block that has gathered them nothing is gathered again.
         """
         values = self.values(levels)
         if not whole:
             yield values
             return
-        modules = [self.levels[name].module for name in values if self.levels[name].is_sharded]
-        with gathered(modules) as wholes:
+        with self._gathered(values) as wholes:
             for name in values:
                 for key, parameter in self.levels[name].parameters.items():
                     values[name][key] = wholes.get(id(parameter), values[name][key])
             yield values
+
+    @contextmanager
+    def _gathered(self, levels: Iterable[str]) -> Iterator[dict[int, Tensor]]:
+        if self._wholes:
+            yield self._wholes
+            return
+        modules = [self.levels[name].module for name in levels if self.levels[name].is_sharded]
+        with gathered(modules) as self._wholes:
+            try:
+                yield self._wholes
+            finally:
+                self._wholes = {}
 
     def methods_for(self, spec: Any) -> Methods:
         """One method on every edge, or by a mapping those of the lower levels that it names.

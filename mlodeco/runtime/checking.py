@@ -169,7 +169,10 @@ def compare(
         involved.update(dict.fromkeys(levels_involved(built, level, dict(reference), nested=True)))
     rolled = rolled_levels(built, methods, level)
     items, loops = find_batches(built, tuple(involved), given, rolled)
-    return _Checker(built, plan, items, loops, methods, reference).findings(nested=nested)
+    seen = dict.fromkeys(name for one in involved for name in built.levels[one].seen)
+    # once for all sweeps, of which processes with other numbers make more or fewer
+    with built.opened(seen, whole=True):
+        return _Checker(built, plan, items, loops, methods, reference).findings(nested=nested)
 
 
 def _check_damping(damping: object) -> None:

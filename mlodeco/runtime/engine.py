@@ -64,8 +64,9 @@ def compute_hypergradient(
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
-    Sharded levels are gathered for its duration, unless all methods of the sweep can do with
-    FSDP's own passes; all processes must ask for it then.
+    All processes must ask for it where levels are sharded. They are gathered for its duration,
+    unless there is a mean and all methods of the sweep can do with FSDP's own passes: without a
+    mean, solvers may take other numbers of products in each process, and must not meet in them.
 
     Parameters, buffers, ``.grad``, train/eval modes, loaders and the global random streams are
     as before. Tensors, generators and modules that a loss captures by a closure and that belong
@@ -99,7 +100,7 @@ def compute_hypergradient(
     seen = dict.fromkeys(name for lv in involved for name in built.levels[lv].seen)
     used = [None] if nested else _methods_of(built, top, methods)
     sharded = [built.levels[name] for name in seen if built.levels[name].is_sharded]
-    whole = must_gather(sharded, used)
+    whole = bool(sharded) and (mean is None or must_gather(sharded, used))
     with randomness_set_aside(), torch.enable_grad(), built.opened(seen, whole=whole) as values:
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
@@ -132,7 +133,8 @@ def compute_hypergradient(
             else:
                 kept = _gathered(memories or {}) if whole else memories
                 found = sweep(built.plan(top, methods), scaled, open_edges, kept, made)
-            return _in_parts(built, found) if whole else found
+            # without a mean each process has vectors of its own, of which parts do not fit together
+            return _in_parts(built, found) if whole and mean is not None else found
 
         if scale is not None:
             return find(scale)

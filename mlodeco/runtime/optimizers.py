@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, distributed
 from torch.distributed.algorithms.join import Joinable
-from torch.optim import LBFGS, SGD, Adam, Optimizer, Rprop
+from torch.optim import LBFGS, SparseAdam, SGD, Adam, Optimizer, Rprop
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlodeco.calculus.optimizer_step import Group, OptimizerStep
@@ -58,6 +58,12 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
     if isinstance(optimizer, LBFGS):
         raise _error(
             level, "LBFGS evaluates the loss several times a step.", "use SGD, Adam or the like."
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise _error(
+            level,
+            "SparseAdam takes sparse gradients, which a run makes dense.",
+            "use Adam, or SGD.",
         )
     check_entrywise(level, optimizer)
     _check_parameters(level, optimizer)
