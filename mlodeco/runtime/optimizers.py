@@ -131,6 +131,22 @@ def read_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, A
     return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
 
 
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Gives an optimizer a state; tensors keep the dtypes that they had.
+
+    ``load_state_dict`` alone converts them to those of the parameters.
+    """
+    optimizer.load_state_dict(dict(state))
+    ids = [one for group in state["param_groups"] for one in group["params"]]
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in zip(ids, members, strict=True):
+        present = optimizer.state.get(parameter, {})
+        for name, value in state["state"].get(number, {}).items():
+            loaded = present.get(name)
+            if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                present[name] = value.to(loaded.device)
+
+
 def fresh_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """What such an optimizer keeps before its first step: nothing, for most."""
     make: Any = type(optimizer)

@@ -1,0 +1,104 @@
+"""The records of a run as lines of JSON, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mlodeco.runtime.history import History, SolveRecord, StepRecord, ValidationRecord
+
+_Record = StepRecord | ValidationRecord
+
+_NUMBERS = ("NaN", "Infinity", "-Infinity")
+
+
+class Journal:
+    """The lines of a history, made as records come.
+
+    A line is a step (``"kind": "step"``, with the fields of its record) or a validation
+    (``"kind": "validation"``), those of a tick in this order. Numbers that JSON does not have are
+    the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``; tensors are nested lists; anything
+    else that JSON does not have is as ``str`` gives it. No time of day is in it, so that a run
+    that is repeated gives the same lines.
+
+    Args:
+        history: the records.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._lines: list[str] = []
+        self._steps = self._validations = 0
+
+    def new(self) -> list[str]:
+        """The lines of the records since the last call; to be asked for between ticks."""
+        steps = self._history.steps[self._steps :]
+        validations = self._history.validations[self._validations :]
+        self._steps += len(steps)
+        self._validations += len(validations)
+        # sorting keeps the order of equals: steps before validations
+        records: list[_Record] = [*steps, *validations]
+        records.sort(key=lambda record: record.tick)
+        found = [json.dumps(_line(record), allow_nan=False) + "\n" for record in records]
+        self._lines += found
+        return found
+
+    @property
+    def text(self) -> str:
+        """All lines that :meth:`new` has given."""
+        return "".join(self._lines)
+
+    def load(self, text: str) -> None:
+        """Begins with these lines; the history gets their records."""
+        self._lines = text.splitlines(keepends=True)
+        records = [_record(json.loads(line)) for line in self._lines]
+        self._history.steps[:] = [r for r in records if isinstance(r, StepRecord)]
+        self._history.validations[:] = [r for r in records if isinstance(r, ValidationRecord)]
+        self._steps, self._validations = len(self._history.steps), len(self._history.validations)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+def _line(record: _Record) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(record).items() if name != "solves"}
+    if isinstance(record, ValidationRecord):
+        return {"kind": "validation", **_plain(fields)}
+    solves = [_plain(solve._asdict()) for solve in record.solves]
+    return {"kind": "step", **_plain(fields), "solves": solves}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else json.dumps(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, Tensor) or hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _record(line: dict[str, Any]) -> _Record:
+    kind = line.pop("kind")
+    fields = _numbers(line)
+    if kind == "validation":
+        return ValidationRecord(**fields)
+    solves = tuple(SolveRecord(**solve) for solve in fields.pop("solves"))
+    return StepRecord(**fields, solves=solves)
+
+
+def _numbers(value: Any) -> Any:
+    """The same with numbers for the strings that stand for some."""
+    if isinstance(value, dict):
+        return {key: _numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return float(value) if value in _NUMBERS else value
