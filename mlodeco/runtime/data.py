@@ -31,7 +31,7 @@ class Cursor:
     Args:
         source: the re-iterable.
         where: names its place.
-        origin: what it was made from, whose generators of random numbers it draws from.
+        origin: holds what it was made from, whose generators of random numbers it draws from.
 
     Attributes:
         epoch: passes that had ended when the newest item was drawn.
@@ -209,7 +209,7 @@ class Feed:
         else:
             sources = {"": data}
         self.cursors = {
-            key: Cursor(source if share is None else share(source), where, value)
+            key: Cursor(source if share is None else share(source), where, {0: value, 1: source})
             for key, value in sources.items()
             for where in (Where(site, level, key or None),)
             for source in (open_source(value, where),)
