@@ -182,17 +182,15 @@ def killed_at(number):
 
 def kill_runs(out, count):
     """Kills so many runs at random moments; which did not end like the one never killed."""
-    folder._sync = lambda path: None  # what a process has written outlives it
     draw = random.Random(0)
-    began = time.monotonic()
     os.waitpid(in_child(partial(finish, _made(out / "whole"))), 0)
-    length = time.monotonic() - began
-    expected = (out / "whole" / "left.json").read_text()
+    left = (out / "whole" / "left.json").read_text()
+    expected = json.loads(left)["metrics"]
     report = {"differ": [], "killed": 0, "resumed_from": []}
     for number in range(count):
         here = _made(out / str(number))
         if number % 2:
-            moment = draw.randrange(1, 300)
+            moment = draw.randrange(1, 120)
 
             def act(here=here, moment=moment):
                 killed_at(moment)
@@ -201,18 +199,66 @@ def kill_runs(out, count):
             child = in_child(act)
         else:
             child = in_child(partial(finish, here))
-            time.sleep(draw.uniform(0.02, 0.95) * length)
+            wait_for(here / "metrics.jsonl", draw.uniform(0.0, 0.95) * len(expected))
             os.kill(child, signal.SIGKILL)
         report["killed"] += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         found = sorted(p.name for p in (here / "checkpoints").glob("*"))
         report["resumed_from"].append(found[-1] if found else None)
         os.waitpid(in_child(partial(finish, here)), 0)
-        left = here / "left.json"
-        if not left.exists() or left.read_text() != expected:
+        found = here / "left.json"
+        if not found.exists() or found.read_text() != left:
             report["differ"].append(number)
         if list((here / "checkpoints").glob(".*")):
             report["differ"].append(f"stray {number}")
     (out / "report.json").write_text(json.dumps(report))
+
+
+def of_several(out, plan):
+    """What one of several processes does, and leaves in OUT/RANK.json."""
+    rank, parts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    found = {}
+    for name, what in plan.items():
+        program = everything(parts)
+        if what.get("term"):
+            at = what["term"]
+
+            @program.on("after_step", level="low")
+            def end(ctx, at=at):
+                if ctx.tick == at and rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        if what.get("kill", [None])[0] == rank:
+            killed_at(what["kill"][1])
+        if what.get("full") and rank == 1:
+
+            def full(path, text):
+                raise OSError(28, "No space left on device")
+
+            folder._write_text, before = full, folder._write_text
+        options = {k: v for k, v in what.items() if k in ("steps", "resume", "checkpoint_every")}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                left = trained(out / what["out"], program=program, **options)
+                found[name] = {
+                    "bits": bits(left["state"]),
+                    "metrics": left["metrics"].decode(),
+                    "losses": left["losses"],
+                    "ticks": left["ticks"],
+                }
+            except SystemExit as error:
+                found[name] = {"code": error.code, "message": str(error)}
+        kinds = (mlodeco.errors.CheckpointWarning,)
+        found[name]["warned"] = [str(w.message) for w in caught if w.category in kinds]
+        if what.get("full") and rank == 1:
+            folder._write_text = before
+    (out / f"{rank}.json").write_text(json.dumps(found))
+
+
+def wait_for(path, size):
+    """Waits until a file has grown to a size."""
+    while not path.exists() or path.stat().st_size < size:
+        time.sleep(0.001)
 
 
 def _made(path):
@@ -222,4 +268,9 @@ def _made(path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    kill_runs(Path(sys.argv[1]), int(sys.argv[2]))
+    folder._sync = lambda path: None  # what a process has written outlives it
+    place = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        of_several(place, json.loads((place / "plan.json").read_text()))
+    else:
+        kill_runs(place, int(sys.argv[2]))

@@ -38,7 +38,7 @@ from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
 from mlodeco.runtime.checkpoint.state import Owners
-from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest
+from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
@@ -506,12 +506,12 @@ class Runner:
             self._load(Path(path).absolute())
 
     def _load(self, path: Path) -> None:
-        progress, history = load(self._owners, path, self._accelerator.device)
+        progress = load(self._owners, self._journal, path, self._accelerator.device)
+        with refused(path):
+            self._best = None if progress.best is None else Best(**progress.best)
         self.tick, self._run_seed = progress.tick, progress.run_seed
         self._stop_reason, self._is_resumed = progress.stop_reason, True
         self._steps, self._asked, self._is_between_ticks = [], {}, True
-        self._journal.load(history)
-        self._best = None if progress.best is None else Best(**progress.best)
         if self._best is not None and self._output is not None:
             self._best = replace(self._best, path=self._output.best(self._best.tick))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlodeco.runtime.history import History, SolveRecord, StepRecord, ValidationRecord
 
-_Record = StepRecord | ValidationRecord
+Record = StepRecord | ValidationRecord
 
 _NUMBERS = ("NaN", "Infinity", "-Infinity")
 
@@ -41,7 +41,7 @@ class Journal:
         self._steps += len(steps)
         self._validations += len(validations)
         # sorting keeps the order of equals: steps before validations
-        records: list[_Record] = [*steps, *validations]
+        records: list[Record] = [*steps, *validations]
         records.sort(key=lambda record: record.tick)
         found = [json.dumps(_line(record), allow_nan=False) + "\n" for record in records]
         self._lines += found
@@ -52,10 +52,9 @@ class Journal:
         """All lines that :meth:`new` has given."""
         return "".join(self._lines)
 
-    def load(self, text: str) -> None:
-        """Begins with these lines; the history gets their records."""
+    def load(self, text: str, records: list[Record]) -> None:
+        """Begins with these lines, which are those of the records; the history gets these."""
         self._lines = text.splitlines(keepends=True)
-        records = [_record(json.loads(line)) for line in self._lines]
         self._history.steps[:] = [r for r in records if isinstance(r, StepRecord)]
         self._history.validations[:] = [r for r in records if isinstance(r, ValidationRecord)]
         self._steps, self._validations = len(self._history.steps), len(self._history.validations)
@@ -64,7 +63,12 @@ class Journal:
         return len(self._lines)
 
 
-def _line(record: _Record) -> dict[str, Any]:
+def read_records(text: str) -> list[Record]:
+    """The records of some lines."""
+    return [_record(json.loads(line)) for line in text.splitlines()]
+
+
+def _line(record: Record) -> dict[str, Any]:
     fields = {name: value for name, value in vars(record).items() if name != "solves"}
     if isinstance(record, ValidationRecord):
         return {"kind": "validation", **_plain(fields)}
@@ -86,7 +90,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _record(line: dict[str, Any]) -> _Record:
+def _record(line: dict[str, Any]) -> Record:
     kind = line.pop("kind")
     fields = _numbers(line)
     if kind == "validation":

@@ -23,6 +23,7 @@ from mlodeco.runtime.checkpoint.folder import (
     damaged,
     read,
 )
+from mlodeco.runtime.checkpoint.journal import Journal, Record, read_records
 from mlodeco.runtime.checkpoint.state import Owners
 
 
@@ -43,6 +44,10 @@ class Progress:
     best: Mapping[str, Any] | None
 
 
+_Looked = tuple[Found, Any, Any, Progress, list[Record]]
+"""Files, the trees in them, where the run stood, and its records."""
+
+
 def collect(owners: Owners, progress: Progress, history: str) -> Contents:
     """What a checkpoint holds; all processes must call this.
 
@@ -61,28 +66,31 @@ def collect(owners: Owners, progress: Progress, history: str) -> Contents:
     return Contents(head, Part(*common), Part(*own), owners.weights(), history)
 
 
-def load(owners: Owners, path: Path, device: torch.device) -> tuple[Progress, str]:
-    """Gives the owners their state back; where the run stood, and its records.
+def load(owners: Owners, journal: Journal, path: Path, device: torch.device) -> Progress:
+    """Gives the owners their state back, and the journal its lines; where the run stood.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to another program or version.
     """
     processes = owners.processes
 
-    def look() -> tuple[Found, Any, Any]:
+    def look() -> _Looked:
         found = read(path, processes.rank, all_files=processes.is_main)
         compare_programs(found.head["program"], owners.program(), path)
-        parts = (decode(p.tree, p.tensors, device) for p in (found.common, found.own))
-        return found, *parts
-
-    found, common, own = _agreed(owners, path, look)
-    with _refused(path):
+        common, own = (decode(p.tree, p.tensors, device) for p in (found.common, found.own))
         progress = Progress(**{**common["progress"], "run_seed": own["run_seed"]})
+        if not isinstance(progress.tick, int) or not isinstance(progress.run_seed, int):
+            raise TypeError("the tick or the seed is no number")
+        return found, common, own, progress, read_records(found.history)
+
+    found, common, own, progress, records = _agreed(owners, path, look)
+    with refused(path):
         owners.built.tick = progress.tick
         owners.restore(common, own, found.weights, found.head["processes"])
         if not found.has_own:
             owners.part_ways(progress.run_seed)
-    return progress, found.history
+    journal.load(found.history, records)
+    return progress
 
 
 def load_newest(candidates: list[Path], load: Callable[[Path], None]) -> Path | None:
@@ -113,13 +121,13 @@ def load_newest(candidates: list[Path], load: Callable[[Path], None]) -> Path | 
     return None
 
 
-def _agreed(owners: Owners, path: Path, look: Callable[[], Any]) -> Any:
+def _agreed(owners: Owners, path: Path, look: Callable[[], _Looked]) -> _Looked:
     """What the action gives, if it fails in no process.
 
     Raises:
         CheckpointError: it does in one.
     """
-    error, found = None, None
+    error: CheckpointError | None = None
     try:
         found = look()
     except CheckpointError as one:
@@ -135,7 +143,7 @@ def _agreed(owners: Owners, path: Path, look: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def refused(path: Path) -> Iterator[None]:
     """Says which checkpoint it was that does not fit."""
     try:
         yield
