@@ -173,19 +173,19 @@ def _copy(path: Path, target: Path) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(path, temporary, copy_function=_link)
-        _put(temporary, target)
+        _put(temporary, target, [])
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def sync(*paths: Path) -> None:
-    """Waits until files and folders are on the disk; together, which costs little more than one.
+    """Waits until files and folders are on the disk; several at a time, which costs little more.
 
     Raises:
         OSError: they cannot be put there.
     """
-    with ThreadPoolExecutor(min(16, len(paths))) as pool:
+    with ThreadPoolExecutor(4) as pool:
         list(pool.map(_sync, paths))
 
 
@@ -253,7 +253,8 @@ def _write_own(folder: Path, contents: Contents, rank: int) -> dict[str, list[An
             files.append(_weights(level))
         _write_text(folder / HISTORY, contents.history)
         files.append(HISTORY)
-    sync(*(folder / name for name in files))
+    if rank > 0:  # the main process waits for its own with the manifest
+        sync(*(folder / name for name in files))
     return {name: [(folder / name).stat().st_size, _digest(folder / name)] for name in files}
 
 
@@ -272,17 +273,17 @@ def _commit(path: Path, temporary: Path, contents: Contents, own: list[dict[str,
     body = {"format": FORMAT, "head": contents.head, "files": files}
     manifest = {"checksum": _checksum(body), **body}
     _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
-    _put(temporary, path, temporary / MANIFEST)
+    _put(temporary, path, [temporary / name for name in (MANIFEST, *own[0])])
 
 
-def _put(temporary: Path, path: Path, *files: Path) -> None:
-    """Renames a folder that is complete."""
+def _put(temporary: Path, path: Path, files: list[Path]) -> None:
+    """Renames a folder that is complete, when these files are on the disk."""
     sync(*files, temporary / "levels", temporary)
     if path.exists():
         shutil.rmtree(_aside(path), ignore_errors=True)
         path.rename(_aside(path))
     temporary.rename(path)
-    sync(path.parent)
+    _sync(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)
 
 

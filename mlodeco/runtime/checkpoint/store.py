@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def refused(path: Path) -> Iterator[None]:
         raise damaged(path, error) from error
 
 
+@cache
 def _version() -> str:
     try:
         return metadata.version("mlodeco")
