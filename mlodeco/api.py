@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -121,6 +122,37 @@ update = _of_current(Program.update)
 track = _of_current(Program.track)
 
 
+Takeover = Callable[[Callable[..., Result], dict[str, Any]], Result]
+"""Is given ``run`` and the arguments of a call by name, ``program`` always among them."""
+
+_takeovers: Final[list[Takeover]] = []
+
+
+@contextmanager
+def first_run_to(takeover: Takeover) -> Iterator[None]:
+    """Within the block, hands the first call of :func:`run` over; later ones are as written."""
+    _takeovers.append(takeover)
+    try:
+        yield
+    finally:
+        _takeovers.clear()
+
+
+def _yielding(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Lets whoever waits for it have the first call."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if not _takeovers:
+            return function(*args, **kwargs)
+        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+        given["program"] = _known(given.get("program"))
+        return _takeovers.pop()(function, given)
+
+    return call
+
+
+@_yielding
 def run(
     steps: int,
     *,
@@ -130,6 +162,9 @@ def run(
     accelerator: Accelerator | None = None,
     nested: bool = False,
     reduce: str = "exact",
+    tails: str = "drop",
+    compile: bool | str = False,  # noqa: A002 (as torch names it)
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
     out: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     keep: int = 3,
@@ -154,6 +189,16 @@ def run(
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them, so that it is that of the mean loss; ``"once"`` averages the hypergradients that
             the processes find each on its own data, by one collective.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
+        compile: compiles the exact second-derivative products of each level as whole functions:
+            True, or the name of a backend of ``torch.compile``. Takes seconds to a minute a
+            level at its first hypergradient. Where a loss cannot be compiled whole, or not to
+            the same result within 1e-5, its level goes on as without, and a warning says why.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
+            ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
+            default: that of the Accelerator, or of ``accelerate launch``.
         out: a folder for ``metrics.jsonl`` and ``checkpoints``; a last one is written at the end.
             SIGTERM and SIGINT then end the run between two ticks, behind a checkpoint.
         checkpoint_every: ticks between two checkpoints.
@@ -181,6 +226,9 @@ def run(
         accelerator=accelerator,
         nested=nested,
         reduce=reduce,
+        tails=tails,
+        compile=compile,
+        mixed_precision=mixed_precision,
         out=out,
         checkpoint_every=checkpoint_every,
         keep=keep,

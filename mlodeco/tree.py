@@ -109,6 +109,24 @@ def _norm(values: list[Tensor], dtype: torch.dtype | None) -> float:
     return math.hypot(*parts.tolist())
 
 
+def largest(tree: Mapping[str, Tensor]) -> float:
+    """The largest absolute value of an entry; not a number where one is none."""
+    values = [value.detach() for value in tree.values() if value.numel()]
+    if not values:
+        return 0.0
+    return float(torch.stack([v.float() for v in torch._foreach_norm(values, math.inf)]).max())
+
+
+def widen(tree: Mapping[str, Tensor]) -> Tree:
+    """Entries in half precision as single precision, in which sums are made; others as they are."""
+    return {key: value.to(_SINGLE.get(value.dtype, value.dtype)) for key, value in tree.items()}
+
+
+def match(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tree:
+    """The entries in the dtypes of those of ``like``, which has all their keys."""
+    return {key: value.to(like[key].dtype) for key, value in tree.items()}
+
+
 def is_zero(tree: Mapping[str, Tensor]) -> bool:
     """Whether all entries are zero; one that is not, among the last, settles it at once."""
     for value in reversed(list(tree.values())):

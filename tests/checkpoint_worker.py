@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,6 +51,9 @@ def network():
     ).double()
 
 
+DIVIDED = partial(ZeroRedundancyOptimizer, optimizer_class=Adam, lr=0.02)
+
+
 class Curriculum:
     """A state of the user's that decides how the run goes on."""
 
@@ -63,7 +67,7 @@ class Curriculum:
         self.seen = state["seen"]
 
 
-def everything(parts=1, data_of=loader):
+def everything(parts=1, data_of=loader, optimizer=partial(SGD, lr=0.05, momentum=0.9)):
     """Dropout, BatchNorm, momentum, Adam, a scheduler, CG with warm start, early stopping."""
     program = Program()
     curriculum = program.track("curriculum", Curriculum())
@@ -71,7 +75,7 @@ def everything(parts=1, data_of=loader):
     @program.level(
         "low",
         module=network,
-        optimizer=partial(SGD, lr=0.05, momentum=0.9),
+        optimizer=optimizer,
         scheduler=partial(StepLR, step_size=30, gamma=0.9),
         data=data_of(1, parts),
         inner_steps=3,
@@ -218,7 +222,8 @@ def of_several(out, plan):
     rank, parts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {}
     for name, what in plan.items():
-        program = everything(parts)
+        divided = {"optimizer": DIVIDED} if what.get("divided") else {}
+        program = everything(parts, **divided)
         if what.get("term"):
             at = what["term"]
 

@@ -270,7 +270,32 @@ def with_hook():
     return program
 
 
+def in_half():
+    """Losses in float16, whose scale moves and whose first steps are skipped."""
+    program = Program()
+
+    @program.level(
+        "low",
+        module=partial(nn.Linear, 3, 1),
+        optimizer=partial(Adam, lr=0.05),
+        data=[torch.randn(8, 3, generator=torch.Generator().manual_seed(n)) for n in range(3)],
+        precision="fp16",
+        inner_steps=4,
+    )
+    def low(model, batch, top):
+        return 30.0 * (model(batch) - top.x.sum()).square().mean()
+
+    @program.level(
+        "top", lower=["low"], hypergrad="unroll", module={"x": torch.ones(3)}, optimizer=Adam
+    )
+    def top(hyper, low):
+        return sum((p**2).sum() for p in low.parameters())
+
+    return program
+
+
 PROGRAMS = {
+    "half": in_half,
     "everything": everything,
     "ladder": ladder,
     "rule": with_rule,
@@ -500,7 +525,7 @@ def test_metrics_are_lines_of_json_without_times(finished):
     assert {line["kind"] for line in lines} == {"step", "validation"}
     assert set(steps[0]) == {
         *("kind", "tick", "level", "step", "loss", "grad_norm", "learning_rate"),
-        *("metrics", "cosine", "solves"),
+        *("metrics", "cosine", "solves", "skipped"),
     }
 
 

@@ -186,6 +186,9 @@ def several(tmp_path_factory):
         "from one": {"out": "one", "steps": 50},
         "full": {"out": "full", "steps": 8, "checkpoint_every": 4, "full": True},
         "short": {"out": "short", "steps": 25},
+        "divided": {"out": "divided", "steps": 30, "divided": True},
+        "begun": {"out": "begun", "steps": 15, "divided": True},
+        "and ended": {"out": "begun", "steps": 30, "divided": True},
     }
     found, printed = launch(out, plan, 2)
     return out, found, printed
@@ -204,6 +207,13 @@ def test_several_processes_go_on_to_the_bit(several):
         found[0]["gone on"]["bits"]["low.0.weight"] == found[1]["gone on"]["bits"]["low.0.weight"]
     )
     assert ["SIGTERM ended the run at tick 33" in text for text in printed] == [True, False]
+
+
+def test_an_optimizer_that_is_divided_goes_on(several):
+    _, found, _ = several
+    for one in found:
+        assert one["and ended"]["bits"] == one["divided"]["bits"]
+        assert one["and ended"]["metrics"] == one["divided"]["metrics"]
 
 
 def test_a_process_that_cannot_write_keeps_all_from_it(several):

@@ -2,63 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Adam
+from torch.utils.data import DataLoader, IterableDataset
 
 from mlodeco import Runner
-from mlodeco.errors import RunError
+from mlodeco.errors import DataError, OptimizerError, RunError
 from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
-from tests.parallel_worker import CASES, bilevel, samples, train, validated
+from mlodeco.runtime.shards import shard
+from tests.parallel_worker import (
+    CASES,
+    EXPLICIT,
+    FAILURES,
+    bilevel,
+    free_port,
+    place,
+    samples,
+    train,
+    validated,
+)
 
 ROOT = Path(__file__).parent.parent
-WORKER = ("-m", "tests.parallel_worker")
 
 
 def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(out, what, count=2):
-    """Starts the worker as a launcher would; what each left, with its exit status and output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = [
-        subprocess.Popen(
-            [sys.executable, *WORKER, str(out), what],
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(count),
-                LOCAL_WORLD_SIZE=str(count),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+def start(out, what, worker="tests.parallel_worker", **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", worker, str(out), what],
+        env=environment(**more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(started):
+    """The output of each process."""
     try:
-        printed = [process.communicate(timeout=150)[0] for process in started]
+        return [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    found = [out / f"{rank}.pt" for rank in range(count)]
-    return [torch.load(f, weights_only=False) if f.exists() else None for f in found], printed
+
+
+def left(out):
+    """What each of two processes has left."""
+    found = [out / f"{rank}.pt" for rank in range(2)]
+    return [torch.load(f, weights_only=False) if f.exists() else None for f in found]
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    found, printed = launch(tmp_path_factory.mktemp("healthy"), "healthy")
+    out, port = tmp_path_factory.mktemp("healthy"), free_port()
+    started = [start(out, "healthy", **place(rank, 2, port)) for rank in range(2)]
+    printed = finish(started)
+    found = left(out)
     assert None not in found, "\n".join(printed)
     return found, printed
 
@@ -66,6 +82,19 @@ def healthy(tmp_path_factory):
 def distance(left, right):
     assert left.keys() == right.keys()
     return max(float((left[key] - right[key]).abs().max()) for key in left)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """What was left of each failure, when it happened, and the exit statuses."""
+    out = tmp_path_factory.mktemp("failed")
+    printed = finish([start(out, "failures")])
+    exits = iter(json.loads((out / "exits").read_text())) if (out / "exits").exists() else None
+    assert exits, printed
+    return {
+        what: (left(out / what), float((out / what / "failed").read_text()), [*islice(exits, 2)])
+        for what in FAILURES
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,7 +106,35 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(case, healthy)
     assert two["losses"] == other["losses"]
     for name, losses in one["losses"].items():
         assert two["losses"][name] == pytest.approx(losses, abs=1e-7)
-    assert two["norms"] == pytest.approx(one["norms"], abs=1e-7)
+    assert two["numbers"] == pytest.approx(one["numbers"], abs=1e-7, nan_ok=True)
+
+
+def test_the_steps_of_leaf_levels_go_through_ddp(healthy):
+    for case in CASES:
+        leaves = {
+            "chain": ["head", "body"],
+            "tuned": ["low", "ruled"],
+            "odd modules": ["low", "other"],
+        }
+        expected = leaves.get(case, leaves.get(case.split()[0], ["low"]))
+        found = [ranked[case]["overlapped"] for ranked in healthy[0]]
+        assert found == [[] if case in EXPLICIT else expected] * 2, case
+
+
+def test_micro_batches_are_averaged_together(healthy):
+    found = healthy[0][0]
+    assert found["micro-batches"]["collectives"] == found["bilevel neumann"]["collectives"]
+
+
+def test_the_options_of_a_given_accelerator_take_effect(healthy):
+    one = healthy[0][0]["schedule"]
+    given = healthy[0][0]["accelerators"]
+    for name in ("plain", "buckets"):
+        assert distance(given[name]["state"], one["state"]) < 1e-12
+        assert given[name]["numbers"] == pytest.approx(one["numbers"], abs=1e-12)
+    assert given["plain"]["collectives"] == one["collectives"]
+    assert given["buckets"]["collectives"] > one["collectives"]
+    assert 1e-6 < distance(given["hook"]["state"], one["state"]) < 1e-2
 
 
 @pytest.mark.parametrize("method", ["neumann", "sama", "unroll", "cg"])
@@ -108,6 +165,42 @@ def test_processes_see_together_what_one_sees(kind, healthy):
         assert seen[:2] != seen[2:4]
     if kind != "stream":
         assert first["ends"] == second["ends"] == [2, 4]
+
+
+def padded(kind, healthy):
+    """What both processes see together, and when passes end, with the tails padded."""
+    first, second = (found["samples"][f"{kind}, padded"] for found in healthy[0])
+    assert first["ends"] == second["ends"]
+    return [a + b for a, b in zip(first["seen"], second["seen"], strict=True)], first["ends"]
+
+
+@pytest.mark.parametrize("kind", ["in order", "shuffled", "stream"])
+def test_what_is_left_of_a_pass_is_padded_where_asked_for(kind, healthy):
+    seen, ends = padded(kind, healthy)
+    one_pass = [number for batch in seen[:3] for number in batch]
+    assert {len(batch) for batch in seen} == {8}
+    assert set(one_pass) == set(range(22))
+    assert one_pass[22:] == one_pass[:2]
+    assert ends == ([4] if kind == "stream" else [3])  # without a length an end shows later
+
+
+def test_missing_batches_are_padded_whole(healthy):
+    seen, _ = padded("drop_last", healthy)
+    assert seen[2] == [16, 17, 18, 19, 0, 1, 2, 3]
+    assert padded("single, odd", healthy)[0] == [[0, 1], [2, 0], [0, 1], [2, 0], [0, 1]]
+
+
+class Words(IterableDataset):
+    def __iter__(self):
+        return iter(("one", "two", "three"))
+
+
+def test_batches_that_cannot_be_padded_are_refused():
+    processes = SimpleNamespace(count=2, rank=0)
+    share = shard(DataLoader(Words(), batch_size=1), processes, "pad")
+    with pytest.raises(DataError, match=r"(?s)cannot be padded.*tails=\"pad\""):
+        list(share)
+    assert list(shard(DataLoader(Words(), batch_size=1), processes, "drop")) == [["one"]]
 
 
 def test_a_shuffled_pass_is_that_of_one_process(healthy):
@@ -173,26 +266,66 @@ def test_processes_that_drift_apart_are_told_of_once(healthy):
     assert nothing == []
 
 
-def test_an_unknown_reduction_is_refused(healthy):
+def test_what_cannot_be_done_is_refused(healthy):
     for found in healthy[0]:
-        assert "Did you mean 'once'?" in found["refused"]
+        messages = found["refused"]
+        assert "Did you mean 'once'?" in messages["reduce"]
+        assert "Did you mean 'pad'?" in messages["tails"]
+        assert "divide the batch sizes by the number of processes" in messages["split"]
+        for what in ("sama", "unroll", "rollback"):
+            message = messages[f"divided {what}"]
+            assert "level 'low'" in message
+            assert "ZeroRedundancyOptimizer keeps a part in each process" in message
+            assert "partial(Adam, lr=...)" in message
     with pytest.raises(RunError, match="reduce=3"):
         Runner(bilevel("identity", 1), reduce=3)
 
 
-def test_an_error_of_one_ends_all_with_its_words(tmp_path):
-    (first, second), _ = launch(tmp_path, "raises")
+def test_a_divided_optimizer_needs_several_processes():
+    program = bilevel(
+        "neumann", 1, {"optimizer": partial(ZeroRedundancyOptimizer, optimizer_class=Adam, lr=0.1)}
+    )
+    with pytest.raises(OptimizerError, match=r"level 'low'.*there is one process"):
+        Runner(program)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (DistributedType.DEEPSPEED, "ZeroRedundancyOptimizer.*FSDP2"),
+        (DistributedType.MEGATRON_LM, "accelerate launch --multi_gpu"),
+        (DistributedType.XLA, "accelerate launch --multi_gpu"),
+    ],
+)
+def test_other_engines_are_refused(kind, words, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(RunError, match=rf"(?s){kind.value}.*{words}"):
+        Runner(bilevel("identity", 1))
+
+
+def test_gradient_accumulation_belongs_to_levels():
+    given = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(RunError, match=r"(?s)gradient_accumulation_steps=2.*accumulate="):
+        Runner(bilevel("identity", 1), accelerator=given)
+
+
+@pytest.mark.parametrize("what", [what for what in FAILURES if what.startswith("raises")])
+def test_an_error_of_one_ends_all_with_its_words(what, failed):
+    (first, second), since, exits = failed[what]
+    assert exits == [0, 0]
     assert second["message"].startswith("ValueError: words of my own")
     assert first["message"].startswith("RunError: process 1 ended with ValueError: words of my own")
     assert "tick 3" in first["message"]
-    assert max(first["seconds"], second["seconds"]) < 10.0
+    assert max(first["ended"], second["ended"]) - since < 8.0
 
 
-def test_a_process_that_was_killed_is_named(tmp_path):
-    (first, second), _ = launch(tmp_path, "killed")
+@pytest.mark.parametrize("what", [what for what in FAILURES if what.startswith("killed")])
+def test_a_process_that_was_killed_is_named(what, failed):
+    (first, second), since, exits = failed[what]
+    assert exits == [0, -signal.SIGKILL]
     assert second is None
     assert "do not answer: 1." in first["message"]
-    assert first["seconds"] < 15.0
+    assert first["ended"] - since < 15.0
 
 
 def test_processes_with_other_modules_are_refused(healthy):

@@ -6,7 +6,6 @@ import copy
 import math
 import random
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1060,13 +1059,6 @@ def test_processes_that_the_accelerator_does_not_see_are_refused(monkeypatch):
     program = bilevel(batches(1), batches(1))
     with pytest.raises(RunError, match="processes"):
         run(program, 1)
-
-
-def test_mixed_precision_is_refused():
-    program = bilevel(batches(1), batches(1))
-    stub = SimpleNamespace(mixed_precision="bf16", device=torch.device("cpu"))
-    with pytest.raises(RunError, match="bf16"):
-        run(program, 1, accelerator=stub)
 
 
 def test_a_given_accelerator_is_used():

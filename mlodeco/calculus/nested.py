@@ -21,16 +21,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.mean import mean_of, shared
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.response import Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
-from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, require_finite_tree, solving_for
+from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, solving_for
 from mlodeco.errors import MethodError
 from mlodeco.graph import NestPlan
-from mlodeco.tree import Tree, add, fill, is_zero, norm, restrict, zeros_like
+from mlodeco.tree import Tree, add, fill, is_zero, match, norm, restrict, widen, zeros_like
 
 Values = dict[str, Tree]
 """The parameters of levels on which something is differentiated."""
@@ -286,17 +287,18 @@ class _Inverse:
             return zeros_like(b)
         require_finite_tree(b, self.point, "the cotangent that reaches the level")
         with solving_for(self.point):
-            solution = self.solver.solve(self._product, b)
+            solution = self.solver.solve(self._product, widen(b))
         what = f"the solution of {type(self.solver).__name__} ({solution.status.value})"
         require_finite_tree(solution.value, self.point, what)
         self.report(solution)
-        return solution.value
+        return match(solution.value, b)
 
     def _product(self, v: Tree) -> Tree:
         keys = [key for key in self.total if key in v and self.total[key].requires_grad]
-        outputs, weights = [self.total[k] for k in keys], [v[k].detach() for k in keys]
+        outputs = [self.total[key] for key in keys]
+        weights = [v[key].detach().to(self.total[key].dtype) for key in keys]
         product = gradient(outputs, self.own, weights, retain_graph=True) if keys else {}
-        return fill(product, v)
+        return fill(widen(product), v)
 
 
 class _Solve(torch.autograd.Function):

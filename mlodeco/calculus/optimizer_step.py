@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class OptimizerStep:
     clip_norm: float | None = None
     tuning: Tuning | None = None
     replicas: int | None = None
+    is_wide: ClassVar[bool] = True
 
     @property
     def reads(self) -> tuple[str, ...]:

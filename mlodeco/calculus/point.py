@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from mlodeco.calculus.update import Update
 from mlodeco.tree import Tree
 
 if TYPE_CHECKING:
+    from mlodeco.calculus.products.compiled import Compiler
     from mlodeco.calculus.tape import Tape
 
 Batches = tuple[Mapping[str, Any], ...]
@@ -62,7 +63,9 @@ class Point:
     methods that ask. ``part_of_batches`` gives the
     micro-batches with a fraction of the samples of the level's own data, None where these have
     no samples; ``fraction`` is that of the batches here. With ``mean`` the loss meant is the mean
-    over processes, whose derivatives are the means of those here.
+    over processes, whose derivatives are the means of those here. With ``compiler`` exact products
+    are compiled. ``scale`` multiplies the losses that passes see, so that their derivatives are
+    not lost in float16.
     """
 
     loss: StatelessLoss
@@ -79,6 +82,8 @@ class Point:
     copies: Copies | None = None
     numbers: tuple[int, ...] = ()
     mean: Mean | None = None
+    compiler: Compiler | None = None
+    scale: float = 1.0
 
     def state(self, values: Mapping[str, Tree]) -> State:
         """A tensor for every slot of the loss: these values, buffers as they are here."""
@@ -92,12 +97,12 @@ class Point:
         return self.copies.reported(self.loss.level, loss), mean_metrics(last)
 
     def losses(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """The loss of each micro-batch in turn, with its metrics.
+        """The loss of each micro-batch in turn, times ``scale``, with its metrics.
 
         To be used inside :meth:`StatelessLoss.within`.
         """
         for number, items in enumerate(self.batches):
-            self._begin_streams(number)
+            self.begin_streams(number)
             with ExitStack() as stack:
                 try:
                     if self.copies is None:
@@ -109,9 +114,15 @@ class Point:
                     if self.fraction < 1.0:
                         error.add_note(self._note_of_the_cut())
                     raise
-                yield result
+                loss, metrics = result
+                yield (loss if self.scale == 1.0 else loss * self.scale), metrics
 
-    def _begin_streams(self, number: int) -> None:
+    def unscaled(self, loss: Tensor) -> Tensor:
+        """One of the losses as it is, without its graph."""
+        return loss.detach() if self.scale == 1.0 else loss.detach() / self.scale
+
+    def begin_streams(self, number: int) -> None:
+        """Random numbers as the pass over a micro-batch sees them, those before it gone over."""
         if self.streams is None:
             drawn = self.numbers[number] if self.numbers else number
             seed_streams(make_seed(self.seed, drawn), self.generators)
@@ -150,3 +161,9 @@ class LowerProblem:
     def parameters(self) -> Tree:
         """The level's own parameters w."""
         return self.point.values[self.level]
+
+    def at(self, scale: float) -> LowerProblem:
+        """The same of losses multiplied by another scale."""
+        if scale == self.point.scale:
+            return self
+        return replace(self, point=replace(self.point, scale=scale))

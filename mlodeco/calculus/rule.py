@@ -37,6 +37,8 @@ class Rule:
     replicas: None = None
     rests_at_zero: ClassVar[bool] = True
     """It is given zeros for gradients that there are not."""
+    is_wide: ClassVar[bool] = False
+    """It may mix what it is given with modules, of one dtype."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -175,6 +177,7 @@ class RuleOfEach:
     count: int
     levels: frozenset[str]
     rests_at_zero: ClassVar[bool] = True
+    is_wide: ClassVar[bool] = False
 
     @property
     def reads(self) -> tuple[str, ...]:

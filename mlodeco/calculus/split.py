@@ -11,6 +11,7 @@ from torch import Tensor
 from mlodeco.calculus.copies import row, sliced
 from mlodeco.calculus.optimizer_step import OptimizerStep
 from mlodeco.calculus.point import Batches, Point
+from mlodeco.calculus.rest import Rest
 from mlodeco.calculus.rule import RuleOfEach
 from mlodeco.calculus.update import Iterate, Update
 
@@ -59,6 +60,8 @@ def split_point(point: Point, replica: int) -> Point:
 
 def split_update(update: Update) -> Update:
     """The update of one replica."""
+    if isinstance(update, Rest):
+        return Rest(split_update(update.update))
     if isinstance(update, OptimizerStep):
         return replace(update, replicas=None)
     return update.rule if isinstance(update, RuleOfEach) else update
@@ -66,6 +69,8 @@ def split_update(update: Update) -> Update:
 
 def split_iterate(update: Update, iterate: Iterate, replica: int) -> Iterate:
     """Where one replica stands; counts of an optimizer are the same for all."""
+    if isinstance(update, Rest):
+        return split_iterate(update.update, iterate, replica)
     parameters = row(iterate.parameters, replica)
     if isinstance(update, RuleOfEach):
         return Iterate(parameters, update.state_of(iterate.state, replica))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlodeco.calculus.kernels import Kernels
+from mlodeco.calculus.precision import autocasting
 from mlodeco.calculus.slots import Place, Slot, State, call_swapped
 from mlodeco.errors import LossError, MlodecoError, NonFiniteError
 from mlodeco.tree import Tree
@@ -72,6 +73,10 @@ class StatelessLoss:
         site: where its function stands.
         module: the level function with its modules.
         owners: for the identity of a parameter, its level and name there.
+
+    Attributes:
+        dtype: that of autocast in every call; float32 for none, None for things as they are.
+        sees: the levels whose parameters are in its slots.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class StatelessLoss:
         module: LevelModule,
         owners: Mapping[int, tuple[str, str]],
     ) -> None:
+        self.dtype: torch.dtype | None = None
         self.level = level
         self.site = site
         self.module = module
@@ -105,6 +111,11 @@ class StatelessLoss:
     def buffers(self) -> list[Slot]:
         """The slots of buffers that are not None."""
         return [slot for slot in self._buffers if slot.current is not None]
+
+    @property
+    def is_half(self) -> bool:
+        """Whether its passes are in float16, whose range is so small that losses are scaled."""
+        return self.dtype is torch.float16
 
     def slots_of(self, levels: frozenset[str]) -> list[Slot]:
         """The slots of the parameters of some levels."""
@@ -158,19 +169,25 @@ class StatelessLoss:
         Containers among the items are copied, so that a function may take its batch apart.
 
         Returns:
-            The scalar loss and the metrics that came with it.
+            The scalar loss, in single precision at least, and the metrics that came with it.
 
         Raises:
             LossError: it is not a scalar loss.
         """
         try:
-            returned = self.module.forward({name: _fresh(value) for name, value in items.items()})
+            with autocasting(self.dtype, self._device):
+                returned = self.module.forward({n: _fresh(value) for n, value in items.items()})
         except MlodecoError:
             raise
         except Exception as error:
             error.add_note(f"raised in the loss of level {self.level!r} ({self.site})")
             raise
         return read_loss(returned, self.level, self.site)
+
+    @property
+    def _device(self) -> str:
+        """The kind of device that the first parameter is on."""
+        return next((slot.tensor.device.type for slot in self._parameters), "cpu")
 
 
 def _fresh(value: Any, depth: int = 2) -> Any:
@@ -238,16 +255,17 @@ def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, A
         raise refuse(
             f"the loss has dtype {loss.dtype}.", "compute the loss in floating point numbers."
         )
+    loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
     return (loss.reshape(()) if loss.dim() else loss), metrics
 
 
-def require_finite(loss: Tensor, level: str, site: str) -> float:
+def require_finite(loss: Tensor | float, level: str, site: str) -> float:
     """The loss as a number.
 
     Raises:
         NonFiniteError: it is infinite or not a number.
     """
-    value = float(loss.detach())
+    value = float(loss.detach()) if isinstance(loss, Tensor) else loss
     if not math.isfinite(value):
         raise NonFiniteError(
             f"the loss is {value}.",

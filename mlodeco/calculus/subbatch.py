@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import UserDict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -36,8 +37,9 @@ def take_part(point: Point, fraction: float) -> Point:
 def first_samples(batch: Any, fraction: float) -> Any | None:
     """The first ``ceil(fraction * n)`` samples of a batch; None if it has no samples.
 
-    n is the first dimension of the first tensor; every tensor in dictionaries, lists and
-    tuples whose first dimension is n is cut. The batch itself stays as it is.
+    n is the first dimension of the first tensor or NumPy array; each of these whose first
+    dimension is n is cut, in dictionaries, lists, tuples and data classes. The batch itself stays
+    as it is.
     """
     size = _count(batch)
     return None if size is None else _first(batch, size, math.ceil(round(fraction * size, 9)))
@@ -45,17 +47,20 @@ def first_samples(batch: Any, fraction: float) -> Any | None:
 
 def _count(value: Any) -> int | None:
     """The first dimension of the first tensor that has one."""
-    if isinstance(value, Tensor):
-        return len(value) if value.dim() else None
-    parts = value.values() if isinstance(value, Mapping) else value
-    if not isinstance(value, Mapping | list | tuple):
-        return None
+    if _is_array(value):
+        return len(value) if value.ndim else None
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    else:
+        parts = _fields(value).values()
     return next((size for size in map(_count, parts) if size is not None), None)
 
 
 def _first(value: Any, size: int, count: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[:count] if value.dim() and len(value) == size else value
+    if _is_array(value):
+        return value[:count] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):
         parts = {key: _first(part, size, count) for key, part in value.items()}
         if type(value) is dict or not isinstance(value, dict | UserDict):
@@ -66,4 +71,20 @@ def _first(value: Any, size: int, count: int) -> Any:
     if isinstance(value, list | tuple):
         entries = [_first(part, size, count) for part in value]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    return value
+    same_kind = copy.copy(value) if _fields(value) else value
+    for name, part in _fields(value).items():
+        # past the class's own __setattr__, which a frozen one refuses
+        object.__setattr__(same_kind, name, _first(part, size, count))
+    return same_kind
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, Tensor) or (numpy is not None and isinstance(value, numpy.ndarray))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of an instance of a data class; none of anything else."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return {}
+    return {field.name: getattr(value, field.name) for field in fields(value)}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.replicas import respond
@@ -23,9 +24,9 @@ from mlodeco.calculus.response import Method, Solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.calculus.tape import Tape
-from mlodeco.errors import MethodError, NonFiniteError
+from mlodeco.errors import MethodError
 from mlodeco.graph import SweepPlan
-from mlodeco.tree import Tree, add, norm, scale
+from mlodeco.tree import Tree, add, match, norm, widen
 
 Memories = Mapping[tuple[str, int], Memory]
 """What the methods of one top level's sweep keep: by level and number of its solve."""
@@ -61,6 +62,12 @@ class Hypergradient:
     solves: tuple[Solve, ...]
     state: State
     memories: Memories
+
+    @staticmethod
+    def lost(like: Tree) -> Hypergradient:
+        """What is left where numbers overflowed: none of the gradient of these parameters."""
+        gradient = {key: torch.full_like(t, math.nan) for key, t in like.items()}
+        return Hypergradient(gradient, math.nan, math.nan, {}, (), {}, {})
 
 
 @second_derivatives()
@@ -120,8 +127,10 @@ def sweep(
                     pending.add(target, methods[visit.level, target], tree, -1.0)
     gradient = add(first.direct, indirect)
     size = _require_finite(gradient, parts)
+    if any(point.loss.is_half for point in points.values()):
+        require_finite_tree(gradient, points[plan.top], "the hypergradient")
     return Hypergradient(
-        gradient=gradient,
+        gradient=match(gradient, points[plan.top].values[plan.top]),
         size=size,
         loss=first.loss,
         metrics=first.metrics,
@@ -186,18 +195,19 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
         found: dict[str, Tree] = {level: {} for level in wanted}
         for loss, metrics in point.losses():
             outcomes.append(metrics)
-            value += share * require_finite(loss, point.loss.level, point.loss.site)
+            value += share * float(point.unscaled(loss))
             if not loss.requires_grad:
                 continue
             parts: dict[str, dict[str, Tensor]] = {level: {} for level in wanted}
             for (level, key), part in gradient(loss, inputs).items():
                 parts[level][key] = part
             for level in wanted:
-                found[level] = add(found[level], scale(parts[level], share))
+                found[level] = add(found[level], widen(parts[level]), share / point.scale)
         return value, outcomes, found
 
     value, outcomes, found = point.loss.within(state, differentiate)
     value, found = _shared(point, value, found)
+    require_finite(value, point.loss.level, point.loss.site)
     value, metrics = point.reported(value, outcomes)
     return _DirectPass(value, metrics, found.pop(plan.top), found, state)
 
@@ -207,8 +217,9 @@ def _shared(point: Point, value: float, found: dict[str, Tree]) -> tuple[float, 
     if point.mean is None:
         return value, found
     some = next(iter(point.values[next(iter(found))].values()))
-    loss = {"loss": some.new_tensor(value)}
-    means = point.mean([loss, *found.values()], [loss, *(point.values[level] for level in found)])
+    loss = widen({"loss": some.new_tensor(value)})
+    like = [widen(point.values[level]) for level in found]
+    means = point.mean([loss, *found.values()], [loss, *like])
     return float(means[0]["loss"]), dict(zip(found, means[1:], strict=True))
 
 
@@ -269,22 +280,3 @@ def _require_finite(tree: Tree, parts: list[_Part]) -> float:
         for part, problem, what in parts:
             require_finite_tree(part, problem.point, what)
     return size
-
-
-def require_finite_tree(tree: Tree, point: Point, what: str) -> None:
-    """Refuses numbers that are not finite, in what was found for the level of ``point``.
-
-    Raises:
-        NonFiniteError: there are some.
-    """
-    size = norm(tree)
-    if math.isfinite(size) or all(bool(torch.isfinite(t).all()) for t in tree.values()):
-        return
-    raise NonFiniteError(
-        f"{what} is not finite (its norm is {size}).",
-        expected="finite numbers.",
-        remedy="look at this level's loss and at that of the level above for overflow, a division "
-        "by zero or the logarithm of zero; for a solver, use a smaller step or more damping.",
-        level=point.loss.level,
-        site=point.loss.site,
-    )

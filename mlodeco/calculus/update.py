@@ -43,6 +43,10 @@ class Update(Protocol):
     def rests_at_zero(self) -> bool:
         """Whether a gradient of zero is to it the same as none."""
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it may be given numbers in single precision where parameters are in half."""
+
     def advance(self, before: Iterate, gradients: Tree, values: Values) -> Iterate:
         """The update as a run makes it, clipping included, on copies and without a graph."""
 

@@ -1,5 +1,8 @@
 """The derivatives of one update, in reverse and in forward mode: elementwise for optimizers.
 
+Those of an optimizer's step on parameters in half precision are taken in single precision: a
+cotangent that goes back over many steps would else lose what each of them adds.
+
 Where a gradient is exactly zero, or its square is, a root in an update may have no derivative, and
 autograd gives NaN or infinity: there derivatives in gradient and state are zero, and those in the
 parameter one.
@@ -18,7 +21,7 @@ from torch.autograd import forward_ad
 from mlodeco.calculus.clipping import clip_rows_differentiably
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.calculus.update import SEPARATOR, Cotangent, Iterate, Pulled, Tangent, Update, Values
-from mlodeco.tree import Tree, norm
+from mlodeco.tree import Tree, norm, widen
 
 Entry = tuple[str, str]
 """The name of a tree, and that of a tensor in it."""
@@ -74,12 +77,13 @@ def pull_back(
         OptimizerError: the update cannot be differentiated.
     """
     with torch.enable_grad():
-        leaves = live(gradients)
+        wide = widen if update.is_wide else dict
+        leaves = live(wide(gradients))
         clipped = clip_rows_differentiably(leaves, update.clip_norm, update.replicas)
         arguments = _Arguments(
-            live(before.parameters),
+            live(wide(before.parameters)),
             live(clipped),
-            live(update.carried(before.state)),
+            live(wide(update.carried(before.state))),
             {level: live(values[level]) for level in reads},
         )
         outputs = _outputs(update, before, arguments, values)
@@ -90,9 +94,9 @@ def pull_back(
         if pulled and clipped is not leaves:
             pulled = gradient([clipped[key] for key in pulled], leaves, list(pulled.values()))
     return Pulled(
-        Cotangent(trees.get("w", {}), trees.get("s", {})),
-        pulled,
-        {level: trees.get(_READ + level, {}) for level in reads},
+        Cotangent(widen(trees.get("w", {})), widen(trees.get("s", {}))),
+        widen(pulled),
+        {level: widen(trees.get(_READ + level, {})) for level in reads},
     )
 
 
@@ -115,26 +119,27 @@ def push_forward(
     Raises:
         OptimizerError: the update cannot be differentiated.
     """
+    wide = widen if update.is_wide else dict
     with torch.enable_grad(), forward_ad.dual_level():
         # live as well: optimizers take another way for options that require gradients
         arguments = _Arguments(
-            _duals(before.parameters, tangent.parameters),
+            _duals(wide(before.parameters), tangent.parameters),
             clip_rows_differentiably(
-                _duals(gradients, tangent.gradients), update.clip_norm, update.replicas
+                _duals(wide(gradients), tangent.gradients), update.clip_norm, update.replicas
             ),
-            _duals(update.carried(before.state), tangent.state),
+            _duals(wide(update.carried(before.state)), tangent.state),
             {level: _duals(values[level], tree) for level, tree in tangent.reads.items()},
         )
         outputs = _outputs(update, before, arguments, values)
         pushed = {name: forward_ad.unpack_dual(value).tangent for name, value in outputs.items()}
         found = {name: value.detach() for name, value in pushed.items() if value is not None}
         trees = _in_trees(found, gradients, tangent.parameters)
-    return Cotangent(trees.get("w", {}), trees.get("s", {}))
+    return Cotangent(widen(trees.get("w", {})), widen(trees.get("s", {})))
 
 
 def _duals(tree: Tree, tangent: Tree) -> Tree:
     return {
-        key: forward_ad.make_dual(value, tangent[key]) if key in tangent else value
+        key: forward_ad.make_dual(value, tangent[key].to(value.dtype)) if key in tangent else value
         for key, value in live(tree).items()
     }
 
@@ -147,7 +152,8 @@ def _vjp(
     moved = [name for name in outputs if name in weights and outputs[name].requires_grad]
     if not moved:
         return {}
-    return gradient([outputs[n] for n in moved], inputs, [weights[n] for n in moved])
+    cotangents = [weights[name].to(outputs[name].dtype) for name in moved]
+    return gradient([outputs[name] for name in moved], inputs, cotangents)
 
 
 def _in_trees(found: Mapping[Entry, Tensor], gradients: Tree, through: Tree) -> dict[str, Tree]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
@@ -70,7 +70,7 @@ class Checker:
         if value is None:
             return None
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
+        if not number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
             raise self.error(
                 f"{option}={value!r}.",
                 expected="a positive number, the largest norm of the gradient.",

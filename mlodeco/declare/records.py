@@ -18,6 +18,9 @@ RESERVED: Final = ("batch", "ctx")
 RULE_ARGUMENTS: Final = ("params", "grads", "state")
 """What an update rule takes by these names; its other arguments are levels."""
 
+PRECISIONS: Final = ("fp32", "bf16", "fp16")
+"""What a level's passes may be in, in place of the run's precision."""
+
 Refresh = Literal["step", "loop"]
 """When a source gives its next item: at each reader's step, or once the highest had its turn."""
 
@@ -57,6 +60,7 @@ class LevelDeclaration:
     init_from: str | None = None
     replicas: Replicas | None = None
     tune: Mapping[str, Function] = field(default_factory=dict)
+    precision: str | None = None
 
     @property
     def data_keys(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from mlodeco.declare.inner_loop import (
     refuse_contradictions,
 )
 from mlodeco.declare.records import (
+    PRECISIONS,
     UNSET,
     Function,
     HookDeclaration,
@@ -80,6 +81,7 @@ LEVEL_OPTIONS: Final = (
     "warmup",
     "accumulate",
     "clip_norm",
+    "precision",
     "rollback",
     "init_from",
     "replicas",
@@ -131,6 +133,7 @@ class Registry:
         warmup: int = 0,
         accumulate: int = 1,
         clip_norm: float | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] | None = None,
         rollback: bool = False,
         init_from: str | None = None,
         replicas: int | Replicas | None = None,
@@ -163,6 +166,8 @@ class Registry:
             warmup: own optimizer steps before the levels above start.
             accumulate: micro-batches per optimizer step.
             clip_norm: the largest norm of the gradient.
+            precision: of every pass of this level's function, in place of the run's
+                ``mixed_precision``: ``"bf16"`` and ``"fp16"`` by autocast, ``"fp32"`` without.
             rollback: after the levels above have stepped, go back to the start of the
                 inner loop and repeat its last step with the updated upper levels.
             init_from: a level above whose parameters and buffers are copied in, and the
@@ -209,6 +214,9 @@ class Registry:
                 warmup=check.count("warmup", warmup, least=0),
                 accumulate=check.count("accumulate", accumulate, least=1),
                 clip_norm=check.norm_bound("clip_norm", clip_norm),
+                precision=None
+                if precision is None
+                else check.choice("precision", precision, PRECISIONS),
                 rollback=check.flag("rollback", rollback),
                 init_from=read_init_from(check, name, init_from),
                 replicas=read_replicas(check, replicas),
@@ -304,7 +312,9 @@ class Registry:
         - ``checkpoint``: one was written, to the folder ``path``;
         - ``run_end``: once, after the last tick, with ``history``.
 
-        ``grads`` are the ``.grad`` by parameter name and may be changed in place.
+        ``grads`` are the ``.grad`` by parameter name and may be changed in place. Of a step that
+        is skipped, since its numbers overflowed in fp16, nobody hears at ``hypergradient`` and
+        ``after_backward``; at ``after_step`` it has no gradients, and ``ctx.skipped`` is True.
 
         Args:
             event: one of these.

@@ -11,6 +11,7 @@ from mlodeco.hypergrad.cg import CG
 from mlodeco.hypergrad.converged import Converged
 from mlodeco.hypergrad.custom import Custom
 from mlodeco.hypergrad.dense import Dense
+from mlodeco.hypergrad.expressions import UNREADABLE, read_method
 from mlodeco.hypergrad.finite_difference import FiniteDifference
 from mlodeco.hypergrad.gmres import GMRES
 from mlodeco.hypergrad.identity import Identity
@@ -19,6 +20,7 @@ from mlodeco.hypergrad.knobs import turned
 from mlodeco.hypergrad.minres import MINRES
 from mlodeco.hypergrad.neumann import Neumann
 from mlodeco.hypergrad.nystrom import Nystrom
+from mlodeco.hypergrad.options import Guide
 from mlodeco.hypergrad.sama import Sama
 from mlodeco.hypergrad.table import NAMES, describe, resolve, spell
 from mlodeco.hypergrad.unroll import Unroll
@@ -29,10 +31,12 @@ __all__ = [
     "GMRES",
     "MINRES",
     "NAMES",
+    "UNREADABLE",
     "Converged",
     "Custom",
     "Dense",
     "FiniteDifference",
+    "Guide",
     "Identity",
     "Implicit",
     "MatVec",
@@ -46,6 +50,7 @@ __all__ = [
     "Unroll",
     "UnrollForward",
     "describe",
+    "read_method",
     "resolve",
     "spell",
     "turned",

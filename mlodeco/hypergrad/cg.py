@@ -11,6 +11,7 @@ from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
 from mlodeco.hypergrad.krylov import ROUNDING, Krylov
+from mlodeco.hypergrad.options import Guide
 from mlodeco.hypergrad.warm_start import recall
 from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
 
@@ -45,6 +46,12 @@ class CG(Krylov):
         Hestenes & Stiefel 1952; for hypergradients Rajeswaran et al. 2019, arXiv:1909.04630;
         the mean: Zhou & Walker 1994, doi:10.1137/0915021.
     """
+
+    guide = Guide(
+        solves="H v = b, to rtol",
+        cost="1 Hessian product a step and 1 cross product",
+        when="H symmetric, of positive curvature: near a minimum, or with damping",
+    )
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Iterates; an exact hit ends it before a division by zero."""

@@ -9,7 +9,7 @@ from mlodeco.hypergrad.dense import Dense
 from mlodeco.hypergrad.gmres import GMRES
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.hypergrad.minres import MINRES
-from mlodeco.hypergrad.options import check_count
+from mlodeco.hypergrad.options import Guide, check_count
 from mlodeco.tree import Tree, epsilon
 
 _MEMORY = 50_000_000
@@ -34,6 +34,12 @@ class Converged(Implicit):
 
     max_steps: int = 1500
     dense_size: int = 1024
+
+    guide = Guide(
+        solves="H v = b, to rounding, by dense, gmres or minres",
+        cost="up to 1500 Hessian products and 1 cross product",
+        when="to compare others with",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

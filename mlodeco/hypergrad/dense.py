@@ -10,7 +10,7 @@ from torch import Tensor
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.errors import MethodError
 from mlodeco.hypergrad.implicit import Implicit, MatVec
-from mlodeco.hypergrad.options import check_count
+from mlodeco.hypergrad.options import Guide, check_count
 from mlodeco.tree import Tree, flatten, unflatten
 
 _LARGEST_TOLERANCE = 1e-3
@@ -31,6 +31,12 @@ class Dense(Implicit):
     """
 
     max_size: int = 4096
+
+    guide = Guide(
+        solves="H v = b, as a matrix",
+        cost="d Hessian products and 1 cross product; d^2 numbers",
+        when="levels of a few thousand parameters at most",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

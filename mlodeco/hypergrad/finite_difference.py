@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlodeco.calculus.point import LowerProblem
-from mlodeco.calculus.products import Difference, share_curvature
+from mlodeco.calculus.products import Difference, fit_curvature, share_curvature
 from mlodeco.calculus.response import Response, Solution, Status
-from mlodeco.hypergrad.options import Options, check_number
+from mlodeco.hypergrad.options import Guide, Options, check_number
 from mlodeco.tree import Tree, scale
 
 
@@ -33,6 +33,12 @@ class FiniteDifference(Options):
     scale: float = 1.0
     radius: float | None = None
 
+    guide = Guide(
+        solves="as identity, the product by a difference",
+        cost="2 gradients",
+        when="where an operation has no second derivative",
+    )
+
     def __post_init__(self) -> None:
         """Checks the options.
 
@@ -47,5 +53,6 @@ class FiniteDifference(Options):
         """Scales the cotangent and takes one cross product by differences."""
         v = scale(cotangent, self.scale)
         difference = Difference(problem, radius=self.radius)
-        cross = share_curvature(difference, problem).cross(v)
+        shared = share_curvature(difference, problem)
+        cross = fit_curvature(shared, problem).cross(v)
         return Response(cross, Solution(v, 0, None, Status.TRUNCATED))

@@ -12,7 +12,7 @@ from torch import Tensor
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
 from mlodeco.hypergrad.krylov import ROUNDING, Krylov
-from mlodeco.hypergrad.options import check_count
+from mlodeco.hypergrad.options import Guide, check_count
 from mlodeco.tree import Tree, epsilon, flatten, norm, scale, unflatten
 
 
@@ -39,6 +39,12 @@ class GMRES(Krylov):
     """
 
     restart: int = 20
+
+    guide = Guide(
+        solves="J^T v = b, smallest residual",
+        cost="1 product a step and 1 cross product; restart vectors",
+        when="J not symmetric: custom backward passes",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -9,7 +9,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
-from mlodeco.hypergrad.options import Options, check_number, check_product
+from mlodeco.hypergrad.options import Guide, Options, check_number, check_product
 from mlodeco.tree import Tree, is_zero, scale, zeros_like
 
 
@@ -33,6 +33,12 @@ class Identity(Options):
     scale: float = 1.0
     product: str = "auto"
     is_entrywise: ClassVar[bool] = True
+
+    guide = Guide(
+        solves="scale * b: H as the identity",
+        cost="1 cross product",
+        when="a first try; a short inner loop; the cheapest",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -13,7 +13,7 @@ from mlodeco.calculus.products import open_curvature
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.subbatch import take_part
 from mlodeco.hypergrad.options import Options, check_fraction, check_number, check_product
-from mlodeco.tree import Tree, add, fill, is_zero, norm, restrict, scale, zeros_like
+from mlodeco.tree import Tree, add, fill, is_zero, norm, restrict, scale, widen, zeros_like
 
 _LEAST = 1e-100
 """The solvers' products of numbers below it, or above its inverse, may vanish or overflow."""
@@ -40,9 +40,10 @@ class Implicit(Options, ABC):
             decay that the optimizer applies is not in the loss: give it here.
         curvature_batch: the fraction of each batch, its first samples, on which Hessian products
             are taken, for speed and memory; cross products take the whole. Cut is every tensor
-            of the level's own batch, in dictionaries, lists and tuples, whose first dimension is
-            that of the first tensor; where ``data=`` is a mapping, each loader's item by its own
-            size. Items of sources, lists of other things and parameters stay whole.
+            or NumPy array of the level's own batch, in dictionaries, lists, tuples and data
+            classes, whose first dimension is that of the first; where ``data=`` is a mapping, each
+            loader's item by its own size. Items of sources, lists of other things and parameters
+            stay whole.
     """
 
     product: str = "auto"
@@ -85,7 +86,7 @@ class Implicit(Options, ABC):
             return add(product, x, self.damping) if self.damping else product
 
         # zeros where only the lower loss reaches: the inverse fills them
-        b = fill(cotangent, restrict(problem.parameters, part.touched()))
+        b = fill(cotangent, widen(restrict(problem.parameters, part.touched())))
         if is_zero(b):
             return Response({}, Solution(zeros_like(b), 0, 0.0, Status.CONVERGED))
         unit = _unit(norm(b))

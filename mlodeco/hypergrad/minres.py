@@ -8,6 +8,7 @@ from math import hypot, inf, isfinite
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import MatVec
 from mlodeco.hypergrad.krylov import ROUNDING, Krylov
+from mlodeco.hypergrad.options import Guide
 from mlodeco.tree import Tree, add, dot, epsilon, norm, scale, zeros_like
 
 _LOST = 1024.0
@@ -33,6 +34,12 @@ class MINRES(Krylov):
     Reference:
         Paige & Saunders 1975, doi:10.1137/0712047.
     """
+
+    guide = Guide(
+        solves="H v = b, smallest residual",
+        cost="1 Hessian product a step and 1 cross product",
+        when="H symmetric with curvature of both signs: networks",
+    )
 
     def solve(self, matvec: MatVec, b: Tree) -> Solution:
         """Lanczos' recurrence with one Givens rotation a step.

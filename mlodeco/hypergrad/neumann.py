@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from typing import Literal
 
 from mlodeco.calculus.point import Memory
 from mlodeco.calculus.response import Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
-from mlodeco.hypergrad.options import check_count, check_flag, check_number
+from mlodeco.hypergrad.options import Guide, check_count, check_flag, check_number
 from mlodeco.hypergrad.warm_start import begin, recall
 from mlodeco.tree import Tree, add, dot, norm, scale
 
@@ -58,6 +59,12 @@ class Neumann(Implicit):
     power_steps: int = 5
     warm_start: bool = False
 
+    guide = Guide(
+        solves="a sum of num_terms powers of (I - a H)",
+        cost='num_terms - 1 Hessian products and 1 cross product; "auto" a few more',
+        when="the default: any H of positive curvature, few products",
+    )
+
     def __post_init__(self) -> None:
         """Checks the options.
 
@@ -96,6 +103,8 @@ class Neumann(Implicit):
         """With the step set, else one over the curvature, halved while terms overshoot."""
         if self.step_size != "auto":
             return self._sum(_terms(matvec, b, self.step_size), self.step_size)
+        if not isfinite(curvature):
+            return Solution.lost(b, 0)
         step = 1.0 / curvature if curvature > 0.0 else 1.0
         for _ in range(_HALVINGS):
             try:
@@ -126,6 +135,8 @@ class Neumann(Implicit):
                 break
             direction = matvec(scale(direction, 1.0 / size))
             size = norm(direction)
+            if not isfinite(size):
+                return size, b
             curvature = max(curvature, size)
         return curvature, direction if size > 0.0 else b
 

@@ -11,7 +11,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.randomness import make_seed
 from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.hypergrad.implicit import Implicit, MatVec
-from mlodeco.hypergrad.options import check_count, check_number
+from mlodeco.hypergrad.options import Guide, check_count, check_number
 from mlodeco.tree import Tree, flatten, norm, unflatten
 
 
@@ -38,6 +38,12 @@ class Nystrom(Implicit):
     rank: int = 10
     damping: float = 0.01
     seed: int | None = None
+
+    guide = Guide(
+        solves="(H_r + damping I) v = b, H_r of rank rank",
+        cost="rank Hessian products and 1 cross product",
+        when="few large curvatures; nothing may diverge",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import fields
-from typing import Any, Self
+import sys
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 from mlodeco.calculus.products import PRODUCTS
 from mlodeco.declare.checks import as_integer
 from mlodeco.errors import MethodError, did_you_mean, quoted
 
 
+@dataclass(frozen=True)
+class Guide:
+    """A method in three short sentences, for people who choose one.
+
+    Attributes:
+        solves: what it takes for ``H^-1 b``, or for the derivative.
+        cost: for one lower level and one hypergradient.
+        when: when to use it.
+    """
+
+    solves: str
+    cost: str
+    when: str
+
+
 class Options:
-    """Base of the methods' records: refuses options that a method does not have, by name."""
+    """Base of the methods' records: refuses options that a method does not have, by name.
+
+    Attributes:
+        guide: the method in short.
+    """
+
+    guide: ClassVar[Guide]
 
     def __new__(cls, *values: object, **options: object) -> Self:
         """Checks the names; the record's own ``__init__`` takes the values.
@@ -68,7 +89,8 @@ def check_count(method: object, option: str, value: object, least: int = 1) -> N
 def check_number(method: object, option: str, value: object, *, positive: bool) -> None:
     """Refuses what is not a finite number, positive or at least zero."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and math.isfinite(value) and (value > 0 or (value == 0 and not positive)):  # type: ignore[arg-type,operator]
+    # not isfinite, which has no answer for integers beyond the floats
+    if number and 0 <= value <= sys.float_info.max and (value > 0 or not positive):  # type: ignore[operator]
         return
     bound = "above zero" if positive else "of at least zero"
     raise MethodError(

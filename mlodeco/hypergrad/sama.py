@@ -11,7 +11,7 @@ from mlodeco.calculus.response import Response, Solution, Status
 from mlodeco.calculus.update import Cotangent, Iterate
 from mlodeco.calculus.update_derivatives import pull_back
 from mlodeco.errors import OptimizerError
-from mlodeco.hypergrad.options import Options, check_number, check_product
+from mlodeco.hypergrad.options import Guide, Options, check_number, check_product
 from mlodeco.tree import Tree, is_zero, scale, zeros_like
 
 
@@ -44,6 +44,12 @@ class Sama(Options):
     scale: float = 1.0
     product: str = "auto"
     is_entrywise: ClassVar[bool] = True
+
+    guide = Guide(
+        solves="one step of the lower level's optimizer",
+        cost="1 gradient and 1 cross product",
+        when="large models, Adam; several GPUs",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.

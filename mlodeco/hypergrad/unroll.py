@@ -11,6 +11,7 @@ from mlodeco.calculus.products import (
     Cross,
     Linearization,
     first_gradient,
+    fit_linearization,
     open_linearization,
     share_linearization,
 )
@@ -19,7 +20,7 @@ from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate
 from mlodeco.calculus.update_derivatives import pull_back
 from mlodeco.errors import MethodError, quoted
-from mlodeco.hypergrad.options import Options, check_count, check_flag, check_product
+from mlodeco.hypergrad.options import Guide, Options, check_count, check_flag, check_product
 from mlodeco.tree import Tree, add, scale
 
 
@@ -65,6 +66,12 @@ class Unroll(Options):
     first_order: bool = False
     product: str = "auto"
     is_entrywise: ClassVar[bool] = True
+
+    guide = Guide(
+        solves="the derivative of the inner loop, backwards",
+        cost="a gradient and a product a step; its states in memory",
+        when="short inner loops; learned rates, rules and starts (MAML)",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -131,7 +138,7 @@ class Unroll(Options):
         """
         inner = step.problem(problem.level, before.parameters, problem.wanted)
         reads = tuple(name for name in step.update.reads if name in problem.wanted)
-        opened = None if self.first_order else self._open(step, inner)
+        opened = None if self.first_order else self._open(step, inner.at(problem.point.scale))
         gradient = step.gradient
         if gradient is None:
             gradient = first_gradient(inner) if opened is None else opened.gradient()
@@ -150,7 +157,7 @@ class Unroll(Options):
         kept = step.graph
         if kept is None or kept.is_spent:
             return open_linearization(inner, self.product)
-        return share_linearization(kept, inner)
+        return fit_linearization(share_linearization(kept, inner), inner, step.point.scale)
 
 
 def require_tape(method: Options, problem: LowerProblem, truncate: int | None) -> Tape:

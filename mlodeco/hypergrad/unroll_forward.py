@@ -16,9 +16,9 @@ from mlodeco.calculus.tape import Recording, Tape, TapeStep
 from mlodeco.calculus.update import Cotangent, Iterate, Tangent
 from mlodeco.calculus.update_derivatives import push_forward
 from mlodeco.errors import MethodError
-from mlodeco.hypergrad.options import Options, check_count
+from mlodeco.hypergrad.options import Guide, Options, check_count
 from mlodeco.hypergrad.unroll import require_tape
-from mlodeco.tree import Tree, dot
+from mlodeco.tree import Tree, dot, widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,12 @@ class UnrollForward(Options):
     truncate: int | None = None
     limit: int = 100
     is_entrywise: ClassVar[bool] = True
+
+    guide = Guide(
+        solves="the derivative of the inner loop, forwards",
+        cost="a forward-mode pass for each step and hyperparameter",
+        when="a handful of hyperparameters, long inner loops",
+    )
 
     def __post_init__(self) -> None:
         """Checks the options.
@@ -98,7 +104,7 @@ class UnrollForward(Options):
         return [
             (target, {key: _unit(tensor, number)})
             for target, tree in targets.items()
-            for key, tensor in tree.items()
+            for key, tensor in widen(tree).items()
             for number in range(tensor.numel())
         ]
 
@@ -133,7 +139,7 @@ def _push(
     pushed: list[Cotangent] = []
     for (target, unit), tangent in zip(entries, tangents, strict=True):
         along = {target: unit} if target in seen else {}
-        slope = push_gradient(inner, {**along, level: tangent.parameters})
+        slope = push_gradient(inner.at(problem.point.scale), {**along, level: tangent.parameters})
         own = {target: unit} if target in step.update.reads else {}
         move = Tangent(tangent.parameters, tangent.state, slope, own)
         pushed.append(push_forward(step.update, before, gradient, values, move))

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.history import History, SolveRecord, StepRecord, Tick, ValidationRecord
-from mlodeco.runtime.runner import Best, Listener, Result, Runner
+from mlodeco.runtime.runner import Best, Listener, Result, Runner, seed_all
 
 __all__ = [
     "Accelerator",
@@ -21,4 +21,5 @@ __all__ = [
     "Tick",
     "ValidationRecord",
     "build",
+    "seed_all",
 ]

@@ -42,6 +42,7 @@ from mlodeco.runtime.initial import (
     refuse_closed_starts,
 )
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
+from mlodeco.runtime.precision import set_precision
 from mlodeco.runtime.stacking import spread_again, stack_parameters, tie
 from mlodeco.runtime.steps import (
     bind_updates,
@@ -329,6 +330,7 @@ def build(registry: Registry) -> Build:
             _stack(levels[name], same.get(name))
         if name in same and _steps_all(same[name].optimizer, levels[name].parameters):
             _take_over_steps(levels[name], same[name])
+    set_precision(levels.values(), "no")
     reads = {name: _reads(level, ordered.below(name)) for name, level in levels.items()}
     graph = Graph(lower, reads)
     check_counts(declarations, {name: level.copied for name, level in levels.items()})

@@ -22,6 +22,7 @@ class Context:
         device: where the level's parameters are.
         generator: random numbers of that device; the same in every pass of one hypergradient.
         is_main: whether this is the main process.
+        skipped: whether the step was skipped, since its numbers overflowed in float16.
         accelerator: the run's Accelerator; None outside a run.
         processes: those of the run, of which ``rank`` and ``count`` tell this one's number and
             how many there are.
@@ -48,6 +49,7 @@ class Context:
         self.generator = generator or torch.Generator(device=self.device)
         self.accelerator = accelerator
         self.processes = processes or Processes()
+        self.skipped = False
         self.logged: dict[str, Any] = {}
         self.stop_reason: str | None = None
         self._muted = muted

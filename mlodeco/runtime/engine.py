@@ -15,6 +15,7 @@ from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.nested import differentiate_nested
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
+from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomness_set_aside
 from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
@@ -29,6 +30,7 @@ from mlodeco.runtime.loops import items_of, recordings, require_differentiable, 
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
 from mlodeco.runtime.replicas import copies_of, part_of_each, settle_way
+from mlodeco.runtime.scaling import at_some_scale, scale_for
 
 Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
@@ -53,6 +55,8 @@ def compute_hypergradient(
     tapes: Mapping[str, Tape] | None = None,
     loops: Mapping[str, Loop] | None = None,
     mean: Mean | None = None,
+    compilers: Mapping[str, Compiler] | None = None,
+    scale: float | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
 
@@ -75,12 +79,15 @@ def compute_hypergradient(
         loops: in their place, inner loops to take functionally first: for each level the
             micro-batches of its steps. The levels are then seen at the ends.
         mean: over processes, to which the hypergradient of their mean losses is common.
+        compilers: of the levels whose products are compiled.
+        scale: of the losses in float16; None looks for the first at which nothing overflows.
     """
     chosen = built.methods if methods is None else methods
     visited = levels_involved(built, top, methods, nested=nested)
     involved = tuple(dict.fromkeys((*visited, *(loops or ()))))
     if nested:
         _refuse_copies(built, involved)
+        _refuse_half(built, involved)
         _refuse_steps_in(built, built.nest(top, methods))
     with randomness_set_aside(), torch.enable_grad():
         values = built.values({name for lv in involved for name in built.levels[lv].seen})
@@ -92,24 +99,52 @@ def compute_hypergradient(
         }
         for name in involved:
             probe(built, built.levels[name], points[name], nested=nested)
-        points = {name: replace(point, mean=mean) for name, point in points.items()}
+        known = compilers or {}
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
-        if loops:
-            wanted = recordings(built, chosen, top)
-            for name in wanted:
-                require_differentiable(built.levels[name])
-            items = {
-                name: [
-                    items_of(built.levels[name], drawn, contexts[name], points[name].copies)
-                    for drawn in loop
-                ]
-                for name, loop in loops.items()
+
+        def find(scale: float) -> Hypergradient:
+            scaled = {
+                name: replace(
+                    point,
+                    mean=mean,
+                    scale=scale_for(built.levels[name], scale),
+                    compiler=known.get(name),
+                )
+                for name, point in points.items()
             }
-            tapes, buffers = take_loops(built, items, wanted, points)
-            points = {name: _moved(point, tapes, buffers) for name, point in points.items()}
-        if nested:
-            return differentiate_nested(built.nest(top, methods), points, open_edges)
-        return sweep(built.plan(top, methods), points, open_edges, memories, tapes)
+            made = tapes
+            if loops:
+                made, scaled = _roll(built, top, chosen, scaled, loops, contexts)
+            if nested:
+                return differentiate_nested(built.nest(top, methods), scaled, open_edges)
+            return sweep(built.plan(top, methods), scaled, open_edges, memories, made)
+
+        if scale is not None:
+            return find(scale)
+        return at_some_scale(find, is_scaled=any(p.loss.is_half for p in points.values()))
+
+
+def _roll(
+    built: Build,
+    top: str,
+    methods: Methods,
+    points: dict[str, Point],
+    loops: Mapping[str, Loop],
+    contexts: Mapping[str, Context],
+) -> tuple[Mapping[str, Tape], dict[str, Point]]:
+    """Takes the inner loops; their tapes, and the points with their levels at the ends."""
+    wanted = recordings(built, methods, top)
+    for name in wanted:
+        require_differentiable(built.levels[name])
+    items = {
+        name: [
+            items_of(built.levels[name], drawn, contexts[name], points[name].copies)
+            for drawn in loop
+        ]
+        for name, loop in loops.items()
+    }
+    tapes, buffers = take_loops(built, items, wanted, points)
+    return tapes, {name: _moved(point, tapes, buffers) for name, point in points.items()}
 
 
 def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
@@ -127,6 +162,24 @@ def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
                 remedy="leave nested out.",
                 level=name,
                 site=level.site,
+            )
+
+
+def _refuse_half(built: Build, involved: tuple[str, ...]) -> None:
+    """Refuses float16 under nested best responses.
+
+    Raises:
+        MethodError: a level is in it.
+    """
+    for name in involved:
+        if built.levels[name].loss.is_half:
+            raise MethodError(
+                "the level runs in fp16, and nested=True: its products are taken inside one graph "
+                "of all levels, where none of them can be brought into the range of float16.",
+                expected="bf16, whose range is that of float32, or fp32.",
+                remedy="set precision='bf16' for the level, or leave nested out.",
+                level=name,
+                site=built.levels[name].site,
             )
 
 
@@ -314,11 +367,12 @@ def make_point(
 
 
 def step_point(
-    built: Build, name: str, batches: tuple[Drawn, ...], ctx: Context, seed: int
+    built: Build, name: str, batches: tuple[Drawn, ...], ctx: Context, seed: int, scale: float
 ) -> Point:
     """Where an ordinary step of a level that sees replicas takes its gradient."""
     values = built.values(built.levels[name].seen)
-    return replace(make_point(built, name, batches, ctx, values, (0, name, 0, "")), seed=seed)
+    point = make_point(built, name, batches, ctx, values, (0, name, 0, ""))
+    return replace(point, seed=seed, scale=scale)
 
 
 def _part_of_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ class StepRecord:
             optimizer without one.
         metrics: what its function returned or logged beside the loss.
         solves: its linear solves.
+        skipped: whether nothing was changed, since its numbers overflowed in float16. The norm of
+            the gradient is then no number, and nor is the loss of a level with lower levels.
         cosine: of the angle between the hypergradient and that of the level's last step; near
             one for a steady direction, near zero or below for noise. None for levels without
             lower levels and at the first step.
@@ -57,6 +60,7 @@ class StepRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     solves: tuple[SolveRecord, ...] = ()
     cosine: float | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,11 @@ class History:
         """
         return [record.loss for record in self.of(level)]
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many steps of each level were skipped, of those that have skipped some."""
+        return dict(Counter(record.level for record in self.steps if record.skipped))
+
     def metric(self, name: str) -> list[float]:
         """The values of one validation metric; none before the first validation.
 
@@ -148,6 +157,7 @@ class History:
                 "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate,
                 "cosine": record.cosine,
+                "skipped": record.skipped,
                 "solver_steps": sum(solve.steps for solve in record.solves),
                 "residual": max(
                     (s.residual for s in record.solves if s.residual is not None), default=None

@@ -16,6 +16,15 @@ _AVAILABLE = (
     DistributedType.MULTI_GPU,
 )
 
+_REMEDIES = {
+    DistributedType.DEEPSPEED: "DeepSpeed takes one model with one optimizer, and a program has "
+    "several. Launch plain processes: accelerate launch --multi_gpu, or torchrun. To share out an "
+    "optimizer's state give optimizer=partial(ZeroRedundancyOptimizer, optimizer_class=Adam, "
+    "lr=...); to share out parameters, FSDP2.",
+    DistributedType.MEGATRON_LM: "Megatron-LM brings a training loop of its own. Launch plain "
+    "processes: accelerate launch --multi_gpu, or torchrun.",
+}
+
 
 def make_accelerator(given: Accelerator | None) -> Accelerator:
     """The one given, else a new one for all processes that were launched.
@@ -37,6 +46,12 @@ def _launched() -> int:
     """How many processes torchrun or accelerate has started."""
     found = os.environ.get("WORLD_SIZE", "1")
     return int(found) if found.isdecimal() else 1
+
+
+def launched_rank() -> int:
+    """Which of the processes that torchrun or accelerate has started this one is."""
+    found = os.environ.get("RANK", "0")
+    return int(found) if found.isdecimal() else 0
 
 
 def _new() -> Accelerator:
@@ -65,11 +80,25 @@ def _check(accelerator: Accelerator) -> None:
         raise RunError(
             f"an Accelerator of the kind {kind.value} is not available in this version.",
             expected="plain data parallel processes, on CPUs or one GPU each.",
-            remedy="launch with accelerate launch --multi_gpu, or torchrun.",
+            remedy=_REMEDIES.get(kind, "launch with accelerate launch --multi_gpu, or torchrun."),
         )
-    if accelerator.mixed_precision != "no":
+    _check_idle_options(accelerator)
+
+
+def _check_idle_options(accelerator: Accelerator) -> None:
+    """Refuses options of loops and loaders that a run does by itself, or not at all."""
+    if accelerator.gradient_accumulation_steps != 1:
         raise RunError(
-            f"mixed_precision={accelerator.mixed_precision!r} is not available in this version.",
-            remedy="use an Accelerator without mixed precision; models in another dtype "
-            "run as they are.",
+            f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} of the "
+            "Accelerator is for loops written by hand.",
+            expected="1.",
+            remedy="write @level(..., accumulate=...), for each level its own.",
+        )
+    if accelerator.num_processes > 1 and (
+        accelerator.split_batches or accelerator.dispatch_batches
+    ):
+        raise RunError(
+            "split_batches and dispatch_batches of the Accelerator are not available.",
+            expected="batch sizes that are those of each process.",
+            remedy="divide the batch sizes by the number of processes, and leave both options out.",
         )

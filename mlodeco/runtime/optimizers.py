@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.algorithms.join import Joinable
 from torch.optim import LBFGS, SGD, Adam, Optimizer, Rprop
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -39,12 +40,7 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
     if isinstance(given, Optimizer):
         optimizer = given
     elif callable(given):
-        with noted("optimizer=", f"level {level.name!r} ({level.site})"):
-            if _takes_module(given):
-                with shown_stacked(level):
-                    made = given(module=level.module)
-            else:
-                made = given(list(level.parameters.values()))
+        made = _call(level, given)
         if not isinstance(made, Optimizer):
             raise _error(
                 level,
@@ -64,7 +60,65 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
         )
     check_entrywise(level, optimizer)
     _check_parameters(level, optimizer)
+    _check_divided(level, optimizer)
     return optimizer
+
+
+def _call(level: BuiltLevel, factory: Callable[..., Any]) -> Any:
+    """What a factory of optimizers returns.
+
+    Raises:
+        OptimizerError: it needs several processes.
+    """
+    try:
+        with noted("optimizer=", f"level {level.name!r} ({level.site})"):
+            if not _takes_module(factory):
+                return factory(list(level.parameters.values()))
+            with shown_stacked(level):
+                return factory(module=level.module)
+    except (RuntimeError, ValueError) as error:
+        if distributed.is_initialized() or "process group" not in str(error):
+            raise
+        raise _error(
+            level,
+            "optimizer= makes one that divides its work among processes, and there is one process.",
+            "start the script with torchrun or accelerate launch, or give the plain optimizer: "
+            "partial(Adam, lr=...).",
+        ) from error
+
+
+def is_divided(optimizer: Optimizer | None) -> bool:
+    """Whether each process holds a part of the state alone, as in ZeroRedundancyOptimizer."""
+    return isinstance(optimizer, Joinable)
+
+
+def _check_divided(level: BuiltLevel, optimizer: Optimizer) -> None:
+    """Refuses what needs the whole state of an optimizer in one process."""
+    if not is_divided(optimizer):
+        return
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise _error(
+            level,
+            f"{type(optimizer).__name__}(overlap_with_ddp=True), whose step does nothing.",
+            "leave overlap_with_ddp out.",
+        )
+    declaration = level.declaration
+    for option, is_given in (
+        ("rollback", declaration.rollback),
+        ("init_from", declaration.init_from is not None),
+    ):
+        if is_given:
+            raise _refusal_of_parts(level, optimizer, f"{option}=")
+
+
+def _refusal_of_parts(level: BuiltLevel, optimizer: Optimizer, what: str) -> OptimizerError:
+    kind = type(optimizer).__name__
+    return _error(
+        level,
+        f"{what} needs the state of the optimizer, of which {kind} keeps a part in each process.",
+        "give the level the plain optimizer, such as partial(Adam, lr=...), or the levels above a "
+        "method that does not differentiate its steps, such as hypergrad='neumann'.",
+    )
 
 
 def next_update(level: BuiltLevel) -> tuple[Update, Mapping[str, Any]]:
@@ -97,8 +151,11 @@ def read_step(level: BuiltLevel, optimizer: Optimizer) -> OptimizerStep:
     """The step of an optimizer with its present options.
 
     Raises:
-        OptimizerError: ``tune=`` names an option that it does not take as a tensor.
+        OptimizerError: ``tune=`` names an option that it does not take as a tensor, or its state
+            is divided among processes.
     """
+    if is_divided(optimizer):
+        raise _refusal_of_parts(level, optimizer, "a method that differentiates steps")
     if level.tuning is not None:
         _check_tunable(level, optimizer)
     names = {id(parameter): name for name, parameter in level.parameters.items()}
@@ -131,12 +188,21 @@ def read_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, A
     return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
 
 
+def save_optimizer(optimizer: Optimizer, rank: int) -> dict[str, Any]:
+    """The whole state of an optimizer, of one that is divided in the first process alone."""
+    divided: Any = optimizer
+    if is_divided(optimizer):
+        divided.consolidate_state_dict(to=0)
+    return optimizer.state_dict() if rank == 0 or not is_divided(optimizer) else {}
+
+
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Gives an optimizer a state; tensors keep the dtypes that they had.
 
     ``load_state_dict`` alone converts them to those of the parameters.
     """
-    optimizer.load_state_dict(dict(state))
+    # a divided one takes its part, and forgets the rest of what it is given
+    optimizer.load_state_dict({**state, "state": dict(state["state"])})
     ids = [one for group in state["param_groups"] for one in group["params"]]
     members = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in zip(ids, members, strict=True):

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import count
+from threading import Event
 from time import monotonic, sleep
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.futures import Future
 
 from mlodeco.calculus.mean import Mean, Trees
 from mlodeco.errors import RunError, did_you_mean, quoted
@@ -83,6 +85,11 @@ class Processes:
         return tensor
 
     @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Where somebody else's code makes collectives."""
+        yield
+
+    @contextmanager
     def ended_together(self) -> Iterator[None]:
         """Ends all processes by an error of one."""
         yield
@@ -116,8 +123,24 @@ class SeveralProcesses(Processes):
     def _mean(self, trees: Trees, like: Trees) -> list[Tree]:
         """One all-reduce of one flat bucket."""
         bucket = pack(trees, like)
-        self._take_part(partial(distributed.all_reduce, async_op=True), bucket)
-        return unpack(bucket.div_(self.count), like)
+        self.await_work(self.begin_mean(bucket))
+        return unpack(bucket, like)
+
+    def begin_mean(self, bucket: Tensor) -> Any:
+        """Begins to average a tensor in place, for :meth:`await_work`."""
+        with self.explained():
+            return self._begin(
+                partial(distributed.all_reduce, async_op=True), bucket.div_(self.count)
+            )
+
+    def await_work(self, work: Any) -> None:
+        """Waits for a collective.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        with self.explained():
+            self._wait(work)
 
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
         """One broadcast of the bytes of all."""
@@ -130,10 +153,8 @@ class SeveralProcesses(Processes):
 
     def exchange(self, value: Any) -> list[Any]:
         """By the store: for what is small and rare."""
-        try:
+        with self.explained():
             return self._board.exchange(value)
-        except RuntimeError as error:
-            raise self._why_lost(error) from error
 
     def first_with(self, flag: bool) -> int | None:
         """One all-reduce of a number."""
@@ -152,6 +173,17 @@ class SeveralProcesses(Processes):
         return all_.to(tensor.device)
 
     @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Where somebody else's code makes collectives, begun once all processes have come there.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        self.first_with(False)
+        with self.explained():
+            yield
+
+    @contextmanager
     def ended_together(self) -> Iterator[None]:
         """Tells the others of an error that leaves the block, at which they end as well."""
         with self._board.told():
@@ -163,13 +195,14 @@ class SeveralProcesses(Processes):
         Raises:
             RunError: another process has failed, or is gone.
         """
+        with self.explained():
+            self._wait(self._begin(begin, *tensors))
+
+    def _begin(self, begin: Callable[..., Any], *tensors: Tensor) -> Any:
         self.collectives += 1
-        try:
-            carried = [tensor.detach() for tensor in tensors]
-            _sent.extend(map(weakref.ref, carried))
-            self._wait(begin(*carried))
-        except RuntimeError as error:
-            raise self._why_lost(error) from error
+        carried = [tensor.detach() for tensor in tensors]
+        _sent.extend(map(weakref.ref, carried))
+        return begin(*carried)
 
     def _wait(self, work: Any) -> None:
         if self._device.type == "cpu":
@@ -181,15 +214,55 @@ class SeveralProcesses(Processes):
                     if work.is_completed():
                         raise
                 self._board.check()
+        self._poll(work.is_completed)
+        work.wait()
+
+    def _poll(self, is_over: Callable[[], bool]) -> None:
         look = monotonic() + _LOOK
-        while not work.is_completed():
+        while not is_over():
             sleep(0)
             if monotonic() > look:
                 self._board.check()
                 look = monotonic() + _LOOK
-        work.wait()
 
-    def _why_lost(self, error: RuntimeError) -> RunError:
+    def await_future(self, future: Future[Tensor]) -> None:
+        """Waits for a collective that somebody else has begun; on a GPU until it is in its stream.
+
+        Raises:
+            RunError: another process has failed, or is gone.
+        """
+        self.collectives += 1
+        over = Event()
+        future.add_done_callback(lambda _: over.set())
+        with self.explained():
+            while not over.wait(_LOOK):
+                self._board.check()
+            future.value()
+
+    def await_device(self) -> None:
+        """Waits for everything in the present stream of a GPU.
+
+        Raises:
+            RunError: another process has failed.
+        """
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._poll(event.query)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Says what has ended a collective: the error of another process, or that it is gone.
+
+        Raises:
+            RunError: in place of torch's own error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.why_lost(error) from error
+
+    def why_lost(self, error: RuntimeError) -> RunError:
         """What ended a collective: the error of another process, or that it was killed."""
         try:
             self._board.check()
@@ -206,17 +279,17 @@ class SeveralProcesses(Processes):
         )
 
 
-def check_reduce(reduce: object) -> None:
-    """Refuses what is no way to average hypergradients.
+def check_choice(option: str, value: object, known: Sequence[str]) -> None:
+    """Refuses what is none of an option's words.
 
     Raises:
         RunError: it is none.
     """
-    if reduce not in REDUCTIONS:
+    if value not in known:
         raise RunError(
-            f"reduce={reduce!r}.",
-            expected=f"one of {quoted(REDUCTIONS)}.",
-            remedy=f"choose one of them.{did_you_mean(str(reduce), REDUCTIONS)}",
+            f"{option}={value!r}.",
+            expected=f"one of {quoted(known)}.",
+            remedy=f"choose one of them.{did_you_mean(str(value), known)}",
         )
 
 

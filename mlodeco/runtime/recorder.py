@@ -13,8 +13,9 @@ from torch import Tensor
 from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.point import Point
-from mlodeco.calculus.products import Reverse
+from mlodeco.calculus.products import Compiler, Reverse
 from mlodeco.calculus.randomness import RecordedStreams
+from mlodeco.calculus.rest import Rest
 from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.slots import Place
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
@@ -63,6 +64,7 @@ class Recorder:
         is_watched: whether hooks may change parameters between steps, so that no iterate
             follows from the one before.
         mean: over processes, for the products of its steps.
+        compiler: of these products.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Recorder:
         *,
         is_watched: bool,
         mean: Mean | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         self._built = built
         self._trainer = trainer
@@ -84,6 +87,7 @@ class Recorder:
         self.recording = replace(recording, steps=steps, every=every)
         self._values = values
         self._mean = mean
+        self._compiler = compiler
         self._steps: list[TapeStep] = []
         self._count = 0
         self._marks = dict.fromkeys(built.graph.uppers(self._level.name), 0)
@@ -167,6 +171,11 @@ class Recorder:
         copied = gradient and {key: value.detach().clone() for key, value in gradient.items()}
         self._pending = replace(self._step, update=update, gradient=copied)
 
+    def skip_update(self) -> None:
+        """Notes that the step moves nothing."""
+        rest = Rest(self._step.update)
+        self._pending = replace(self._step, update=rest, gradient={}, graph=None)
+
     def finish_step(self) -> None:
         """Puts the step on the tape."""
         self._steps.append(self._step)
@@ -216,7 +225,9 @@ class Recorder:
         self._marks, self._ended = dict(state["marks"]), set(state["ended"])
 
     def _saved(self, step: TapeStep) -> dict[str, Any]:
-        point, update, before = step.point, step.update, step.before
+        point, before = step.point, step.before
+        is_skipped = isinstance(step.update, Rest)
+        update = step.update.update if isinstance(step.update, Rest) else step.update
         contexts = {a.name for a in self._level.binding.of(Role.CONTEXT)}
         given = [value for items in point.batches for n, value in items.items() if n in contexts]
         batches = [
@@ -228,6 +239,8 @@ class Recorder:
             "values": {level: dict(tree) for level, tree in point.values.items()},
             "batches": batches,
             "seed": point.seed,
+            "scale": point.scale,
+            "is_skipped": is_skipped,
             "streams": point.streams and point.streams.state_dict(),
             "buffers": list(point.buffers.values()),
             "groups": [[g.keys, dict(g.options)] for g in getattr(update, "groups", ())],
@@ -251,12 +264,14 @@ class Recorder:
             buffers=dict(zip(self._buffers(), state["buffers"], strict=True)),
         )
         update = self._trainer.read_update()
+        point = replace(point, scale=state["scale"])
         if isinstance(update, OptimizerStep):
             groups = tuple(Group(keys, options) for keys, options in state["groups"])
             update = replace(update, groups=groups)
         elif isinstance(update, Rule) and state["rule_streams"] is not None:
             drawn = RecordedStreams().load_state_dict(state["rule_streams"])
             update = replace(update, streams=drawn)
+        update = Rest(update) if state["is_skipped"] else update
         before = state["before"] and Iterate(*state["before"])
         return TapeStep(point, update, before, state["gradient"])
 
@@ -282,6 +297,8 @@ class Recorder:
             buffers=buffers,
             copies=copies_of(self._built, self._level),
             mean=self._mean,
+            compiler=self._compiler,
+            scale=self._trainer.own_scale,
         )
 
     @property

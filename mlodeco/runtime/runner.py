@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals as Signal
 from typing import Any, Protocol
@@ -18,7 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
 from mlodeco.calculus.mean import Mean
+from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
+from mlodeco.calculus.stateless import frozen
+from mlodeco.calculus.sweep import Hypergradient
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.registry import Registry, current_registry
@@ -26,6 +31,7 @@ from mlodeco.errors import (
     DriftWarning,
     MlodecoError,
     MlodecoWarning,
+    NonFiniteError,
     Preempted,
     RunError,
     counted,
@@ -39,10 +45,12 @@ from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
 from mlodeco.runtime.checkpoint.state import Owners
 from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
+from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
     compute_hypergradient,
+    levels_involved,
     muted_context,
     probe_level,
     seed_of,
@@ -62,10 +70,20 @@ from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.optimizers import warn_if_flat
-from mlodeco.runtime.processes import Processes, check_reduce, processes_of, require_same
+from mlodeco.runtime.overlap import passes_of
+from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
+from mlodeco.runtime.processes import (
+    REDUCTIONS,
+    Processes,
+    check_choice,
+    processes_of,
+    require_same,
+)
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.scaling import make_scale
+from mlodeco.runtime.shards import TAILS, shard
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
@@ -103,6 +121,11 @@ class Result:
     ticks: int
     directory: Path | None = None
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many steps of each level were skipped, since their numbers overflowed in float16."""
+        return self.history.skipped
+
 
 class Listener(Protocol):
     """Is told what happens in a run; a display, for instance."""
@@ -132,6 +155,14 @@ class Runner:
             of Eq. (2), which takes the levels below a mid-level as constants.
         reduce: in several processes, ``"exact"`` averages every product of a hypergradient over
             them; ``"once"`` averages finished hypergradients.
+        tails: what becomes in several processes of the end of a pass over a DataLoader, where
+            there is no full batch for each: ``"drop"`` leaves it out, ``"pad"`` fills it up with
+            samples from the beginning of the pass.
+        compile: whether the exact products are compiled: True, or the name of a backend of
+            ``torch.compile``. A level for which this cannot be done is named in a warning.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
+            ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
+            default: that of the Accelerator, or of ``accelerate launch``.
         out: a folder for metrics and checkpoints.
         checkpoint_every: ticks between two checkpoints.
         keep: how many of the newest are kept.
@@ -152,6 +183,9 @@ class Runner:
         accelerator: Accelerator | None = None,
         nested: bool = False,
         reduce: str = "exact",
+        tails: str = "drop",
+        compile: bool | str = False,  # noqa: A002 (as torch names it)
+        mixed_precision: str | None = None,
         out: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         keep: int = 3,
@@ -167,9 +201,12 @@ class Runner:
         self.listeners: list[Listener] = []
         self.tick = 0
         check_nested(nested)
-        check_reduce(reduce)
+        check_choice("reduce", reduce, REDUCTIONS)
+        check_choice("tails", tails, TAILS)
+        self._tails = tails
         self._reduce = reduce
         self._nested = nested
+        self._backend = backend_of(compile, nested=nested)
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
@@ -180,6 +217,9 @@ class Runner:
         self._signum: int | None = None
         self._saved_at: tuple[int, int] | None = None
         self._accelerator = make_accelerator(accelerator)
+        self._precision = choose_precision(
+            mixed_precision, self._accelerator, is_own=accelerator is not None
+        )
         self._processes = processes_of(
             self._accelerator.process_index,
             self._accelerator.num_processes,
@@ -193,9 +233,8 @@ class Runner:
         before = SavedRandomness()
         try:
             if seed is not None:
-                _check_seed(seed)
                 # processes differ, in dropout for instance; what must not is taken from the first
-                set_seed(seed, device_specific=self._processes.count > 1)
+                seed_all(seed, by_process=self._processes.count > 1)
             self._set_up(registry, seed)
             self._output = None if saving.out is None else Output(saving, self._processes)
             self._resume(saving)
@@ -213,16 +252,26 @@ class Runner:
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         processes = self._processes
-        validations = [Validation(d, self.built, place, processes) for d in registry.validations]
+        dtype = dtype_of(self._precision)
+        validations = [
+            Validation(d, self.built, place, processes, dtype) for d in registry.validations
+        ]
         levels = self.built.levels
+        share = partial(shard, processes=processes, tails=self._tails)
+        passes = partial(passes_of, processes=processes, given=self._accelerator.ddp_handler)
         self._trainers = {
-            n: Trainer(self.built, level, place, processes) for n, level in levels.items()
+            n: Trainer(self.built, level, place, processes, share, passes)
+            for n, level in levels.items()
         }
-        for trainer in self._trainers.values():
+        set_precision(levels.values(), self._precision)
+        for name, trainer in self._trainers.items():
             trainer.level.reported.clear()
+            if self._has_half(name):
+                trainer.scale = make_scale(trainer.level, self._accelerator)
         self._sources = Sources(self.built, place)
         self.history = History(self.built.levels, is_validated=bool(validations))
         self._hooks = hooks
+        self._compilers = {n: Compiler(self._backend) for n in levels if self._backend}
         self._recorders = self._make_recorders()
         self._validations = validations
         self._schedule = Schedule(self.built.graph, _timings(self.built))
@@ -248,6 +297,11 @@ class Runner:
             processes=processes,
         )
 
+    def _has_half(self, name: str) -> bool:
+        """Whether a pass of a level's own steps is in float16."""
+        involved = levels_involved(self.built, name, None, nested=False)
+        return any(self.built.levels[other].loss.is_half for other in involved)
+
     def _make_recorders(self) -> dict[str, Recorder]:
         """What records the steps of the levels that some method differentiates through."""
         values = Values(self.built)
@@ -264,6 +318,7 @@ class Runner:
                 values,
                 is_watched=self._hooks.come_between(name),
                 mean=self._exact_mean,
+                compiler=self._compilers.get(name),
             )
         return found
 
@@ -570,8 +625,9 @@ class Runner:
             self._agree_on_end()
 
     def _take_over(self) -> None:
-        """Makes the program's tick, seed and optimizers those of this run, of several perhaps."""
+        """Makes the program's tick, seed, precision and optimizers those of this run."""
         self.built.tick, self.built.run_seed = self.tick + 1, self._run_seed
+        set_precision(self.built.levels.values(), self._precision)
         for trainer in self._trainers.values():
             level = trainer.level
             level.optimizer, level.scheduler = trainer.optimizer, trainer.scheduler
@@ -624,14 +680,10 @@ class Runner:
                 seed = self._seed_of_step(name)
                 recorder.begin_step(batches, self._muted(name), ctx.generator, seed)
             found = self._differentiate(name, batches, ctx, recorder)
-            extras = self._extras(trainer, found, batches, ctx)
-            self._fire("after_backward", name, ctx, **extras)
-            if recorder is not None:
-                is_other = self._has_other_gradient(name)
-                recorder.begin_update(trainer.gradients() if is_other else None)
-            norm, rate = trainer.clip(), trainer.learning_rate
             metrics = _numbers(found.metrics)  # which may be made of the parameters
-            trainer.apply()
+            ctx.skipped = trainer.overflowed(found)
+            extras = self._extras(trainer, found, batches, ctx)
+            norm, rate = self._update(name, ctx, recorder, extras)
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -655,11 +707,33 @@ class Runner:
                 for s in found.solves
             ),
             cosine=found.cosine,
+            skipped=ctx.skipped,
         )
         self._steps.append(record)
         self.history.steps.append(record)
         self._finish_step_events(name, ctx, extras, ended)
         record.metrics.update(ctx.logged)
+
+    def _update(
+        self, name: str, ctx: Context, recorder: Recorder | None, extras: dict[str, Any]
+    ) -> tuple[float, float]:
+        """Steps by the gradients that are there, unless the step is skipped.
+
+        Returns:
+            Their norm, which is no number for a step skipped, and the learning rate.
+        """
+        trainer = self._trainers[name]
+        if ctx.skipped:
+            if recorder is not None:
+                recorder.skip_update()
+            return math.nan, trainer.learning_rate
+        self._fire("after_backward", name, ctx, **extras)
+        if recorder is not None:
+            is_other = self._has_other_gradient(name)
+            recorder.begin_update(trainer.gradients() if is_other else None)
+        norm, rate = trainer.clip(), trainer.learning_rate
+        trainer.apply()
+        return norm, rate
 
     def _has_other_gradient(self, name: str) -> bool:
         """Whether the gradient of a step may be another than that of its loss here."""
@@ -701,20 +775,19 @@ class Runner:
         if self.built.graph.lower[name]:
             return self._differentiate_responses(name, batches, ctx)
         self._probe(name, batches)
-        found = self._differentiate_loss(name, batches, ctx, recorder)
-        return self._trainers[name].average(found)
+        return self._differentiate_loss(name, batches, ctx, recorder)
 
     def _differentiate_loss(
         self, name: str, batches: tuple[Drawn, ...], ctx: Context, recorder: Recorder | None
     ) -> Gradients:
-        """The gradient of a level without lower levels, on this process's data."""
+        """The gradient of a level without lower levels, averaged over processes."""
         trainer = self._trainers[name]
         if trainer.level.copied:
-            return self._differentiate_replicas(name, batches, ctx, recorder)
+            return trainer.average(self._differentiate_replicas(name, batches, ctx, recorder))
         if recorder is not None and recorder.recording.keep_graph:
             parts = items_of(trainer.level, batches, ctx)
             graph = recorder.differentiate(parts, ctx.generator)
-            return trainer.adopt_graph(graph, recorder.point)
+            return trainer.average(trainer.adopt_graph(graph, recorder.point))
         return trainer.backward(batches, ctx)
 
     def _differentiate_responses(
@@ -725,20 +798,29 @@ class Runner:
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
         own = ctx.with_own_generator()
-        hyper = compute_hypergradient(
-            self.built,
-            name,
-            {**items, name: batches},
-            lambda n: own if n == name else self._muted(n),
-            rank=self._processes.rank,
-            memories=trainer.memories,
-            nested=self._nested,
-            tapes=self._tapes(name) if self._recorders else None,
-            mean=self._exact_mean,
-        )
+        try:
+            hyper = compute_hypergradient(
+                self.built,
+                name,
+                {**items, name: batches},
+                lambda n: own if n == name else self._muted(n),
+                rank=self._processes.rank,
+                memories=trainer.memories,
+                nested=self._nested,
+                tapes=self._tapes(name) if self._recorders else None,
+                mean=self._exact_mean,
+                scale=trainer.scale.value if trainer.scale else 1.0,
+                compilers=self._compilers,
+            )
+        except NonFiniteError:
+            if trainer.scale is None:
+                raise
+            hyper = Hypergradient.lost(frozen(trainer.level.parameters))
         if self._reduce == "once":
             hyper = trainer.average_hypergradient(hyper)
         ctx.adopt(own)
+        if trainer.scale is not None and not math.isfinite(hyper.size):
+            return Gradients(math.nan, hyper.metrics)
         if not self._nested:
             warn_of_nested_paths(self.built, name)
         warn_of_trouble(self.built, hyper.solves)
@@ -760,7 +842,8 @@ class Runner:
         """The gradients of a level's replicas, whose random numbers come from the step's seed."""
         trainer, own = self._trainers[name], ctx.with_own_generator()
         with randomness_set_aside(), torch.enable_grad():
-            point = step_point(self.built, name, batches, own, trainer.step_seed)
+            scale = trainer.own_scale
+            point = step_point(self.built, name, batches, own, trainer.step_seed, scale)
             if recorder is not None and recorder.recording.keep_graph:
                 graph = recorder.differentiate(point.batches, own.generator)
                 found = trainer.adopt_graph(graph, point)
@@ -774,10 +857,14 @@ class Runner:
     ) -> dict[str, Any]:
         return {
             "batch": batches[-1].batch,
-            "grads": trainer.gradients() if self._hooks.listens_to_gradients else {},
+            "grads": trainer.gradients() if self._wants_gradients(ctx) else {},
             "loss": found.loss,
             "metrics": {**found.metrics, **ctx.logged},
         }
+
+    def _wants_gradients(self, ctx: Context) -> bool:
+        """Whether some hook takes gradients, and there are some."""
+        return self._hooks.listens_to_gradients and not ctx.skipped
 
     def _roll_back_below(self, stepped: list[str]) -> None:
         graph = self.built.graph
@@ -802,11 +889,9 @@ class Runner:
         ctx.epoch = trainer.epoch
         with trainer.undone_on_error(), _located(trainer, self.built.tick):
             found = self._differentiate(name, batches, ctx)
-            extras = self._extras(trainer, found, batches, ctx)
-            self._fire("after_backward", name, ctx, **extras)
+            ctx.skipped = trainer.overflowed(found)
             trainer.tune()
-            trainer.clip()
-            trainer.apply()
+            self._update(name, ctx, None, self._extras(trainer, found, batches, ctx))
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:
@@ -933,11 +1018,17 @@ def check_steps(steps: object) -> None:
         )
 
 
-def _check_seed(seed: object) -> None:
+def seed_all(seed: int, *, by_process: bool = False) -> None:
+    """Seeds torch, ``random`` and NumPy, in each process otherwise if asked for.
+
+    Raises:
+        RunError: it is no seed.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise RunError(
             f"seed={seed!r}.", expected="an integer from 0 to 2**32 - 1.", remedy="run(seed=0)."
         )
+    set_seed(seed, device_specific=by_process)
 
 
 def _timings(built: Build) -> dict[str, Timing]:

@@ -7,44 +7,67 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from operator import getitem
 from typing import Any
 
 import torch
+from accelerate.utils import concatenate, slice_tensors
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from mlodeco.calculus.randomness import preserved_randomness
+from mlodeco.errors import DataError
 from mlodeco.runtime.data import count_samples
 from mlodeco.runtime.processes import Processes
 
 _SAMPLERS = ("sampler", "batch_sampler")
 
 
-def shard(source: Iterable[Any], processes: Processes) -> Iterable[Any]:
+TAILS = ("drop", "pad")
+"""What ``tails=`` may be."""
+
+
+def shard(source: Iterable[Any], processes: Processes, tails: str) -> Iterable[Any]:
     """This process's batches of a DataLoader; other iterables are replicated.
 
     Of each N batches in turn every one of N processes takes one, so that together they see what
     one process sees in a batch of N times the size. What is left at the end of a pass, fewer
-    batches than processes or a smaller one among them, is dropped on all of them.
+    batches than processes or a smaller one among them, is dropped on all of them, or filled up
+    with samples from the beginning of the pass.
     """
-    return _cut(source, processes, is_even=True) if isinstance(source, DataLoader) else source
+    return _cut(source, processes, tails) if isinstance(source, DataLoader) else source
 
 
 def shard_all(source: Iterable[Any], processes: Processes) -> Iterable[Any]:
     """The same for validations: any iterable, nothing dropped, nothing twice."""
-    return _cut(source, processes, is_even=False)
+    return _cut(source, processes, "keep")
 
 
-def _cut(source: Iterable[Any], processes: Processes, *, is_even: bool) -> Iterable[Any]:
+def _cut(source: Iterable[Any], processes: Processes, tails: str) -> Iterable[Any]:
     if processes.count == 1 or _is_distributed(source):
         return source
     name = _index_name(source)
     if name is None:
-        return _Share(source, processes, count_samples, is_even=is_even)
+        return _Share(source, processes, _BATCHES, tails)
     loader = copy.copy(source)
-    share = _Share(getattr(source, name), processes, len, is_even=is_even, is_common=True)
+    share = _Share(getattr(source, name), processes, _INDICES, tails, is_common=True)
     # past __setattr__, which refuses; a new DataLoader would lose what a subclass adds
     vars(loader).update({name: share, "_iterator": None})
     return loader
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How entries are measured, put together and cut, in samples."""
+
+    measure: Callable[[Any], int]
+    join: Callable[[list[Any]], Any]
+    cut: Callable[[Any, slice], Any]
+
+
+_INDICES = _Kind(len, lambda lists: list(chain.from_iterable(lists)), getitem)
+_BATCHES = _Kind(count_samples, concatenate, slice_tensors)
 
 
 def _is_distributed(source: Any) -> bool:
@@ -67,8 +90,8 @@ class _Share:
     Args:
         source: the iterable, the same in all processes.
         processes: these.
-        measure: the samples of an entry.
-        is_even: whether entries that have no equals in all processes are dropped.
+        kind: what its entries are.
+        tails: what becomes of entries that have no equals in all processes.
         is_common: whether the random numbers of its passes are to be those of the main process.
     """
 
@@ -76,15 +99,15 @@ class _Share:
         self,
         source: Any,
         processes: Processes,
-        measure: Callable[[Any], int],
+        kind: _Kind,
+        tails: str,
         *,
-        is_even: bool,
         is_common: bool = False,
     ) -> None:
         self._source = source
         self._processes = processes
-        self._measure = measure
-        self._is_even = is_even
+        self._kind = kind
+        self._tails = tails
         self._is_common = is_common
 
     def __getattr__(self, name: str) -> Any:
@@ -94,30 +117,61 @@ class _Share:
 
     def __iter__(self) -> Iterator[Any]:
         entries = self._pass()
-        if not self._is_even:
+        if self._tails == "keep":
             yield from (e for n, e in enumerate(entries) if self._is_own(n))
             return
-        group: list[Any] = []
-        for entry in entries:
-            group.append(entry)
-            if len(group) == self._processes.count:
-                if self._is_full(group):
-                    yield group[self._processes.rank]
-                group = []
+        first: list[Any] = []
+        while group := list(islice(entries, self._processes.count)):
+            first = first or group
+            whole = self._pad(group, first) if self._tails == "pad" else group
+            if self._is_full(whole):
+                yield whole[self._processes.rank]
 
     def __len__(self) -> int:
         count, rank = self._processes.count, self._processes.rank
-        if not self._is_even:
-            return (len(self._source) - rank + count - 1) // count
         source = self._source
+        if self._tails == "keep":
+            return (len(source) - rank + count - 1) // count
+        if self._tails == "pad":
+            return (len(source) + count - 1) // count
         if type(source) is BatchSampler:
             return len(source.sampler) // (count * source.batch_size)  # type: ignore[arg-type]
         return len(source) // count
 
+    @property
+    def _size(self) -> int | None:
+        """The samples of an entry, if the source promises some."""
+        size: int | None = getattr(self._source, "batch_size", None)
+        return size
+
     def _is_full(self, group: list[Any]) -> bool:
-        """Whether the batches have the size that the sampler promises, if it does."""
-        size = getattr(self._source, "batch_size", None)
-        return size is None or all(self._measure(entry) == size for entry in group)
+        """Whether each process has an entry, of the size promised."""
+        is_even = self._size is None or all(self._kind.measure(e) == self._size for e in group)
+        return is_even and len(group) == self._processes.count
+
+    def _pad(self, group: list[Any], first: list[Any]) -> list[Any]:
+        """The group filled up from the first one of the pass, with samples or else entries.
+
+        Raises:
+            DataError: batches of what is no tensors, which cannot be put together.
+        """
+        count, size = self._processes.count, self._size
+        if self._is_full(group):
+            return group
+        if size is None:
+            return list(islice(chain(group, cycle(first)), count))
+        join, cut, measure = self._kind.join, self._kind.cut, self._kind.measure
+        try:
+            whole, beginning = join(group), join(first)
+        except TypeError as error:
+            raise DataError(
+                f"the end of a pass cannot be padded: {error}",
+                expected="batches of tensors from an iterable data set.",
+                remedy='leave tails="pad" out, or give a data set with indices.',
+            ) from error
+        while (missing := count * size - measure(whole)) > 0:
+            whole = join([whole, cut(beginning, slice(missing))])
+        return [cut(whole, slice(n * size, (n + 1) * size)) for n in range(count)]
 
     def _is_own(self, number: int) -> bool:
         return number % self._processes.count == self._processes.rank

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.randomness import randomness_set_aside
+from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.tape import Recording, Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.records import UNSET
@@ -21,6 +24,7 @@ from mlodeco.runtime.functional import find_batches, prepare, present_entropy
 from mlodeco.runtime.loops import items_of, take_loops
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.replicas import single
+from mlodeco.runtime.scaling import at_some_scale
 
 
 def solve(
@@ -49,8 +53,17 @@ def solve(
         draw = (0, level, ctx.step, present_entropy())
         point = make_point(built, level, loops[level][-1], ctx, values, draw)
         probe(built, solved, point)
-        wanted = {level: Recording(every=None)}
-        tapes, buffers = take_loops(built, {level: loop}, wanted, {level: point})
+
+        def take(scale: float) -> tuple[Mapping[str, Tape], Buffers]:
+            scaled = replace(point, scale=scale)
+            wanted = {level: Recording(every=None)}
+            found = take_loops(built, {level: loop}, wanted, {level: scaled})
+            end = found[0][level].end
+            if point.loss.is_half and end is not None:
+                require_finite_tree(end.parameters, point, "the end of the loop")
+            return found
+
+        tapes, buffers = at_some_scale(take, is_scaled=point.loss.is_half)
     initial = built.levels[solved.init_from].module if solved.init_from else None
     return _module_at(solved, tapes[level], buffers, initial)
 

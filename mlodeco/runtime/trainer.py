@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mlodeco.calculus.clipping import clip_factor, clip_rows, row_norms
 from mlodeco.calculus.mean import Mean
@@ -25,19 +26,22 @@ from mlodeco.calculus.update import Iterate, Update
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import Feed, Placer, items_for
+from mlodeco.runtime.data import Feed, Placer, Share, items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
     fresh_state,
+    is_divided,
     load_optimizer,
     make_optimizer,
     make_scheduler,
     read_state,
     read_step,
+    save_optimizer,
 )
+from mlodeco.runtime.overlap import Passes
 from mlodeco.runtime.processes import Processes
-from mlodeco.runtime.shards import shard
+from mlodeco.runtime.scaling import LossScale, scale_for
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -52,10 +56,25 @@ class Gradients:
 
 
 class Trainer:
-    """The state of one level in a run and the parts of its step."""
+    """The state of one level in a run and the parts of its step.
+
+    Args:
+        built: the program.
+        level: the level.
+        place: moves batches to the device of the run.
+        processes: those of the run.
+        share: makes of a source of batches the part that this process sees.
+        choose_passes: those of the steps of a level that has its first gradients.
+    """
 
     def __init__(
-        self, built: Build, level: BuiltLevel, place: Placer, processes: Processes
+        self,
+        built: Build,
+        level: BuiltLevel,
+        place: Placer,
+        processes: Processes,
+        share: Share,
+        choose_passes: Callable[[BuiltLevel], Passes],
     ) -> None:
         self.level = level
         self.optimizer = None if level.rule else make_optimizer(level)
@@ -65,12 +84,16 @@ class Trainer:
         self.memories: Memories = {}
         self._last_hypergradient: tuple[Tree, float] = {}, 0.0
         self._processes = processes
-        self._feed = Feed(level.declaration, lambda source: shard(source, processes))
+        self._feed = Feed(level.declaration, share)
+        self._choose_passes = choose_passes
+        self._passes: Passes | None = None
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
         self._generator_before = torch.Generator().get_state()
         self.step_seed = 0
+        self.scale: LossScale | None = None
+        self._before_step: _BeforeStep | None = None
 
     @property
     def rule_state(self) -> Mapping[str, Any]:
@@ -85,9 +108,10 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """How the level's updates stand: the same in all processes."""
         return {
-            "optimizer": self.optimizer and self.optimizer.state_dict(),
+            "optimizer": self.optimizer and save_optimizer(self.optimizer, self._processes.rank),
             "scheduler": self.scheduler and self.scheduler.state_dict(),
             "rule": dict(self._rule_state),
+            "scale": self.scale and self.scale.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -97,6 +121,8 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.rule_state = state["rule"]
+        if self.scale is not None and state["scale"] is not None:
+            self.scale.load_state_dict(state["scale"])
 
     def own_state_dict(self) -> dict[str, Any]:
         """What this process alone knows: its data, and what the next step looks back at."""
@@ -151,6 +177,11 @@ class Trainer:
         batches = tuple(Drawn(self._place(batch), items) for batch, _, items in drawn)
         return batches, any(end for _, end, _ in drawn)
 
+    @property
+    def own_scale(self) -> float:
+        """The scale of the level's own loss; one unless it is in float16."""
+        return scale_for(self.level, self.scale.value) if self.scale else 1.0
+
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Puts buffers, random numbers, ``.grad`` and the solvers' memories back on an error.
@@ -158,36 +189,67 @@ class Trainer:
         Buffers of modules that belong to other levels are put back in any case: a
         level's buffers change by its own steps alone.
         """
-        grads = [(p, p.grad) for p in self.level.parameters.values()]
-        buffers = self.level.loss.buffers
-        own, foreign = (_SavedBuffers(self.level, buffers, own=own) for own in (True, False))
+        foreign = _SavedBuffers(self.level, self.level.loss.buffers, own=False)
         randomness = SavedRandomness()
-        remembered = self.memories, self._last_hypergradient
+        self._before_step = _BeforeStep(self)
         try:
             yield
         except BaseException:
             randomness.restore()
-            self.memories, self._last_hypergradient = remembered
-            own.restore()
-            for parameter, grad in grads:
-                parameter.grad = grad
+            self._before_step.restore(self)
             raise
         finally:
+            self._before_step = None
             foreign.restore()
 
+    def overflowed(self, found: Gradients) -> bool:
+        """Whether a step is to be skipped; if so all is as before it, but for random numbers.
+
+        The same in all processes, whose gradients have been averaged. Moves the scale.
+
+        Raises:
+            NonFiniteError: nothing but overflows for a long time.
+        """
+        if self.scale is None:
+            return False
+        if math.isfinite(found.loss) and math.isfinite(norm(self.gradients())):
+            self.scale.grow()
+            return False
+        if self._before_step is not None:
+            self._before_step.restore(self)
+        self.scale.shrink()
+        return True
+
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
-        """The ordinary backward passes of a level without lower levels."""
-        parameters = list(self.level.parameters.values())
-        for parameter in parameters:
+        """The ordinary backward passes of a level without lower levels, averaged over processes.
+
+        The first ones are averaged behind them: they show whether DDP can do so in between.
+        """
+        for parameter in self.level.parameters.values():
             parameter.grad = None
+        passes = self._passes or Passes(self.level)
         share = 1.0 / len(batches)
         total = 0.0
         metrics: dict[str, Any] = {}
-        for batch in batches:
-            loss, metrics = self.level.loss.call(items_for(self.level, batch, ctx))
-            total += share * require_finite(loss, self.level.name, self.level.site)
-            torch.autograd.backward(loss if share == 1.0 else loss * share, inputs=parameters)
-        return Gradients(total, metrics)
+        for number, batch in enumerate(batches, 1):
+            with passes.kept_local(is_last=number == len(batches)):
+                loss, metrics = passes.call(items_for(self.level, batch, ctx))
+                total += share * self._value_of(loss)
+                loss = loss if self.own_scale == 1.0 else loss * self.own_scale
+                passes.backward(loss if share == 1.0 else loss * share)
+        if self.own_scale != 1.0:
+            torch._foreach_mul_(list(self.gradients().values()), 1.0 / self.own_scale)
+        self._passes = self._passes or self._choose_passes(self.level)
+        averaged = passes.take_loss()
+        if averaged is not None:
+            return Gradients(averaged, metrics)
+        return self.average(Gradients(total, metrics))
+
+    def _value_of(self, loss: Tensor) -> float:
+        """The loss as a number, which may be infinite where all processes will skip the step."""
+        if self.scale is not None:
+            return float(loss.detach())
+        return require_finite(loss, self.level.name, self.level.site)
 
     def differentiate(self, point: Point) -> Gradients:
         """The same at a point, for a level that sees replicas."""
@@ -202,8 +264,7 @@ class Trainer:
 
     def _reported(self, outcomes: list[tuple[Tensor, dict[str, Any]]], point: Point) -> Gradients:
         share = 1.0 / len(outcomes)
-        name, site = self.level.name, self.level.site
-        total = sum(share * require_finite(loss, name, site) for loss, _ in outcomes)
+        total = sum(share * self._value_of(loss) for loss, _ in outcomes)
         return Gradients(*point.reported(total, [metrics for _, metrics in outcomes]))
 
     def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
@@ -326,11 +387,18 @@ class Trainer:
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler, or of the level's own rule."""
         if self.optimizer is not None:
-            self.optimizer.step()
+            self._step(self.optimizer)
         elif self.level.rule is not None:
             self._apply_rule(self.level.rule)
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def _step(self, optimizer: Optimizer) -> None:
+        if is_divided(optimizer):
+            with self._processes.meeting():
+                optimizer.step()
+        else:
+            optimizer.step()
 
     def _apply_rule(self, rule: Rule | RuleOfEach) -> None:
         before = Iterate(frozen(self.level.parameters), self.rule_state)
@@ -400,6 +468,23 @@ def _mean_with_loss(mean: Mean, loss: float, gradient: Tree, like: Tree) -> tupl
     known = {"loss": some.new_tensor(loss)}
     means, found = mean([known, gradient], [known, like])
     return float(means["loss"]), found
+
+
+class _BeforeStep:
+    """What the backward passes of a step may change: own buffers, ``.grad``, memories."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        level = trainer.level
+        self._grads = [(p, p.grad) for p in level.parameters.values()]
+        self._buffers = _SavedBuffers(level, level.loss.buffers, own=True)
+        self._remembered = trainer.memories, trainer._last_hypergradient
+
+    def restore(self, trainer: Trainer) -> None:
+        """Puts it all back."""
+        trainer.memories, trainer._last_hypergradient = self._remembered
+        self._buffers.restore()
+        for parameter, grad in self._grads:
+            parameter.grad = grad
 
 
 class _SavedBuffers:

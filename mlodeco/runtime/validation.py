@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlodeco.calculus.precision import autocasting
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.records import ValidationDeclaration
 from mlodeco.errors import DataError, LossError, counted, did_you_mean, quoted
@@ -50,8 +51,10 @@ class Validation:
         built: Build,
         place: Placer,
         processes: Processes,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.declaration = declaration
+        self._dtype = dtype
         self._processes = processes
         self._modules: dict[str, nn.Module] = {n: lv.module for n, lv in built.levels.items()}
         self._arguments = bind_validation(declaration, built.levels)
@@ -98,7 +101,9 @@ class Validation:
 
     def _call(self, offered: Mapping[str, Any]) -> dict[str, float]:
         values = {**self._modules, **offered}
-        found = self.declaration.function(**{name: values[name] for name in self._arguments})
+        device = offered["ctx"].device.type
+        with autocasting(self._dtype, device):
+            found = self.declaration.function(**{name: values[name] for name in self._arguments})
         site, what = str(self.declaration.site), describe_validation(self.declaration)
         if not isinstance(found, Mapping):
             raise LossError(

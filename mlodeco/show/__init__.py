@@ -4,7 +4,8 @@ from mlodeco.calculus.randomness import preserved_randomness
 
 with preserved_randomness():  # rich draws a number from ``random`` when it is first imported
     from mlodeco.show.drawing import GraphView
+    from mlodeco.show.methods import method_table
     from mlodeco.show.progress import Form, make_display
     from mlodeco.show.report import Report
 
-__all__ = ["Form", "GraphView", "Report", "make_display"]
+__all__ = ["Form", "GraphView", "Report", "make_display", "method_table"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -37,6 +38,13 @@ class Case:
     upper_batches: list[Batch]
     damping: float
 
+    def to(self, where: torch.device | torch.dtype) -> None:
+        """Moves all of it to a device, or its floating point numbers to a dtype; in place."""
+        self.lower.to(where)
+        self.upper.to(where)
+        for batches in (self.lower_batches, self.upper_batches):
+            batches[:] = [(_moved(x, where), _moved(y, where)) for x, y in batches]
+
     def lower_optimizer(self, parameters: Any) -> Optimizer:
         """The same on every side."""
         return SGD(parameters, lr=0.01, momentum=0.9)
@@ -44,6 +52,11 @@ class Case:
     def upper_optimizer(self, parameters: Any) -> Optimizer:
         """The same on every side."""
         return Adam(parameters, lr=1e-4)
+
+
+def _moved(tensor: Tensor, where: torch.device | torch.dtype) -> Tensor:
+    stays = isinstance(where, torch.dtype) and not tensor.is_floating_point()
+    return tensor if stays else tensor.to(where)
 
 
 class Side(Protocol):

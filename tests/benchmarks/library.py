@@ -9,11 +9,11 @@ from tests.benchmarks.case import Case
 
 
 class Library:
-    """The case as a program, stepped by its runner."""
+    """The case as a program, stepped by its runner, which takes the options."""
 
-    def __init__(self, case: Case, method: Any) -> None:
+    def __init__(self, case: Case, method: Any, **options: Any) -> None:
         self.program = declare(case, method)
-        self._runner = mlodeco.Runner(self.program)
+        self._runner = mlodeco.Runner(self.program, **options)
 
     def tick(self) -> None:
         """One tick."""

@@ -6,12 +6,15 @@ no checks, no records and no care for BatchNorm's running statistics in second-o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim import SGD
 
 from tests.benchmarks.case import Case, Ticks
 
@@ -121,6 +124,38 @@ def _shifted(loop: Loop, kept: Tensors, v: Tensors, h: float) -> Tensors:
     for parameter, value in zip(loop.own, moved, strict=True):
         parameter.data = value
     return list(torch.autograd.grad(loop.lower_loss(), loop.hyper))
+
+
+def sama(loop: Loop, b: Tensors) -> Tensors:
+    """``v = -(dw'/dg)^T b``, w' behind the optimizer's next step: of SGD or Adam, undecayed."""
+    group = loop.lower_optimizer.param_groups[0]
+    if isinstance(loop.lower_optimizer, SGD):
+        return identity(loop, list(torch._foreach_mul(b, group["lr"])))
+    states = [loop.lower_optimizer.state[p] for p in loop.own]
+    slopes = _adam_slopes(group, states, loop.lower_gradient())
+    return identity(loop, list(torch._foreach_mul(b, slopes)))
+
+
+def _adam_slopes(
+    group: dict[str, Any], states: list[dict[str, Any]], grads: Tensors
+) -> tuple[Tensor, ...]:
+    """``-dw'/dg``, entry by entry; 0 where all gradients were zero and a root has no derivative."""
+    beta, beta_squares = group["betas"]
+    step = int(states[0]["step"]) + 1
+    correction = math.sqrt(1 - beta_squares**step)
+    mean = torch._foreach_lerp([state["exp_avg"] for state in states], grads, 1 - beta)
+    squares = torch._foreach_mul(grads, grads)
+    root = torch._foreach_lerp([s["exp_avg_sq"] for s in states], squares, 1 - beta_squares)
+    torch._foreach_sqrt_(root)
+    divisor = torch._foreach_div(root, correction)
+    torch._foreach_add_(divisor, group["eps"])
+    slopes = torch._foreach_mul(mean, grads)
+    torch._foreach_div_(slopes, torch._foreach_mul(divisor, root))
+    torch._foreach_mul_(slopes, -(1 - beta_squares) / correction)
+    torch._foreach_add_(slopes, 1 - beta)
+    torch._foreach_div_(slopes, divisor)
+    torch._foreach_mul_(slopes, group["lr"] / (1 - beta**step))
+    return tuple(s.masked_fill_(r == 0.0, 0.0) for s, r in zip(slopes, root, strict=True))
 
 
 def neumann(loop: Loop, b: Tensors, *, terms: int, step: float) -> Tensors:

@@ -24,7 +24,7 @@ def show(results: Sequence[Result], console: Console) -> None:
 
 def steps(results: Iterable[Result]) -> Table:
     """Ticks of mlodeco beside the hand-written loop."""
-    table = _table(
+    table = begin(
         "steps: one tick of mlodeco / one of the hand-written loop",
         ("workload", "method", "loop ms", "time", "target", "met", "memory", "error", "passes"),
     )
@@ -52,7 +52,7 @@ def steps(results: Iterable[Result]) -> Table:
 
 def products(results: Iterable[Result]) -> Table:
     """Cross products by the one mode beside the other."""
-    table = _table(
+    table = begin(
         "products: the cross product alone, one mode / another",
         ("workload", "mode", "over", "over ms", "time", "target", "met", "memory", "target"),
     )
@@ -66,14 +66,14 @@ def products(results: Iterable[Result]) -> Table:
                 str(row.time),
                 *_judged(row.time, row.target),
                 str(row.memory),
-                _number(row.memory_target),
+                number(row.memory_target),
             )
     return table
 
 
 def peers(results: Iterable[Result]) -> Table:
     """Other libraries beside the hand-written loop."""
-    table = _table(
+    table = begin(
         "peers: one tick of a library / one of the hand-written loop",
         ("workload", "method", "library", "time", "error", "note"),
     )
@@ -85,15 +85,17 @@ def peers(results: Iterable[Result]) -> Table:
     return table
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def begin(title: str, columns: Iterable[str]) -> Table:
+    """An empty table; numbers stand to the right."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    words = {"workload", "method", "mode", "over", "library", "note"}
+    words = {"workload", "model", "precision", "method", "mode", "over", "library", "side", "note"}
     for column in columns:
         table.add_column(column, justify="left" if column in words else "right")
     return table
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Two digits behind the point, or a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -102,5 +104,5 @@ def _judged(ratio: Ratio, target: float | None) -> tuple[str, str]:
     if target is None:
         return "-", "-"
     if ratio.median <= target:
-        return _number(target), "yes"
-    return _number(target), "within noise" if ratio.low <= target else "no"
+        return number(target), "yes"
+    return number(target), "within noise" if ratio.low <= target else "no"

@@ -52,8 +52,8 @@ def mlp(batch: int = 100) -> Case:
         WeightNet(),
         weighted,
         clean,
-        _batches(batch, 784),
-        _batches(batch, 784, seed=1),
+        noise(batch, 784),
+        noise(batch, 784, seed=1),
         damping=0.3,
     )
 
@@ -82,25 +82,26 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.skip(x))
 
 
-def resnet20() -> nn.Module:
-    """Three stages of three blocks, 8, 16 and 32 channels wide."""
-    widths = [8, 8, 8, 8, 16, 16, 16, 32, 32, 32]
-    blocks = [Block(a, b) for a, b in pairwise(widths)]
-    stem = [nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+def residual(blocks: int, width: int) -> nn.Module:
+    """Three stages of so many blocks, each of twice the width; 6 * blocks + 2 layers."""
+    widths = [width, *(width * factor for factor in (1, 2, 4) for _ in range(blocks))]
+    stages = [Block(a, b) for a, b in pairwise(widths)]
+    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)]
+    return nn.Sequential(*stem, *stages, *head)
 
 
 def resnet(batch: int = 64) -> Case:
-    """A ResNet-20, BatchNorm in train mode, with a weight network."""
+    """A ResNet-20 of 8, 16 and 32 channels, BatchNorm in train mode, with a weight network."""
     torch.manual_seed(0)
     shape = 3, 32, 32
     return Case(
-        resnet20(),
+        residual(blocks=3, width=8),
         WeightNet(),
         weighted,
         clean,
-        _batches(batch, *shape),
-        _batches(batch, *shape, seed=1),
+        noise(batch, *shape),
+        noise(batch, *shape, seed=1),
         damping=10.0,
     )
 
@@ -151,13 +152,14 @@ def early(batch: int = 64) -> Case:
         Mixture(),
         mixed_lower,
         mixed_upper,
-        _batches(batch, *shape),
-        _batches(batch, *shape, seed=1),
+        noise(batch, *shape),
+        noise(batch, *shape, seed=1),
         damping=10.0,
     )
 
 
-def _batches(size: int, *shape: int, seed: int = 0) -> list[Batch]:
+def noise(size: int, *shape: int, seed: int = 0) -> list[Batch]:
+    """Inputs of a shape, and one of ten classes for each."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (
@@ -184,8 +186,5 @@ def make(name: str, *, tiny: bool = False, double: bool = False) -> Case:
     """
     case = WORKLOADS[name](*([2] if tiny else []))
     if double:
-        case.lower.double()
-        case.upper.double()
-        for batches in (case.lower_batches, case.upper_batches):
-            batches[:] = [(x.double(), y) for x, y in batches]
+        case.to(torch.float64)
     return case

@@ -14,8 +14,10 @@ from mlodeco.calculus.products.choice import (
     open_curvature,
     open_linearization,
 )
+from mlodeco.calculus.products.compiled import Compiler
 from mlodeco.calculus.products.difference import Difference
 from mlodeco.calculus.products.first_order import differentiate_once
+from mlodeco.calculus.products.fitted import fit_curvature, fit_linearization
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
 from mlodeco.calculus.products.shared import (
@@ -28,6 +30,7 @@ from mlodeco.calculus.products.shared import (
 __all__ = [
     "LINEARIZATIONS",
     "PRODUCTS",
+    "Compiler",
     "Cross",
     "Curvature",
     "Difference",
@@ -35,6 +38,8 @@ __all__ = [
     "Reverse",
     "differentiate_once",
     "first_gradient",
+    "fit_curvature",
+    "fit_linearization",
     "open_curvature",
     "open_linearization",
     "push_gradient",

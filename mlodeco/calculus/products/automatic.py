@@ -56,6 +56,9 @@ class Automatic:
 
         Backward hooks of modules act in ``reverse`` alone.
         """
+        if self._cross_mode != "reverse":
+            # other modes have no use for the graph of Hessian products
+            vars(self).pop("_hessian_graph", None)
         modes: dict[str, Callable[[], Cross]] = {
             "reverse_over_forward": lambda: cross_by_duals(self._problem, v),
             "reverse": lambda: self._full_graph.cross(v),

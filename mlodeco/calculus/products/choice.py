@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.automatic import Automatic
+from mlodeco.calculus.products.compiled import COMPILED_PRODUCTS, CompiledProducts
 from mlodeco.calculus.products.difference import Difference
+from mlodeco.calculus.products.fitted import fit_curvature, fit_linearization
 from mlodeco.calculus.products.forward import Forward
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
 from mlodeco.calculus.products.reverse import Reverse
@@ -106,13 +108,17 @@ def open_curvature(problem: LowerProblem, product: str) -> Curvature:
         "forward": Forward,
         "difference": Difference,
     }
+    found: Curvature
     if problem.opened is not None:
-        found: Curvature = problem.opened(problem, product)
+        found = problem.opened(problem, product)
         return found
-    if product not in modes:
-        return share_curvature(Automatic(problem), problem)
-    named = _NamedCurvature(modes[product](problem), problem, product)
-    return share_curvature(named, problem)
+    if product in modes:
+        found = _NamedCurvature(modes[product](problem), problem, product)
+    else:
+        found = Automatic(problem)
+    if problem.point.compiler is not None and product in COMPILED_PRODUCTS:
+        found = CompiledProducts(problem, problem.point.compiler, found)
+    return fit_curvature(share_curvature(found, problem), problem)
 
 
 def open_linearization(problem: LowerProblem, product: str) -> Linearization:
@@ -122,7 +128,11 @@ def open_linearization(problem: LowerProblem, product: str) -> Linearization:
         "forward": Forward,
         "difference": Difference,
     }
-    if product not in modes:
-        return share_linearization(Automatic(problem), problem)
-    named = _NamedLinearization(modes[product](problem), problem, product)
-    return share_linearization(named, problem)
+    found: Linearization
+    if product in modes:
+        found = _NamedLinearization(modes[product](problem), problem, product)
+    else:
+        found = Automatic(problem)
+    if problem.point.compiler is not None and product in COMPILED_PRODUCTS:
+        found = CompiledProducts(problem, problem.point.compiler, found)
+    return fit_linearization(share_linearization(found, problem), problem)

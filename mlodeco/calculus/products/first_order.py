@@ -13,7 +13,7 @@ from mlodeco.calculus.slots import State
 from mlodeco.calculus.split import split_point
 from mlodeco.calculus.stateless import gradient, live
 from mlodeco.calculus.untouched import warn_of_untouched
-from mlodeco.tree import Tree, add
+from mlodeco.tree import Tree, add, scale
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ def differentiate_once(problem: LowerProblem) -> FirstOrder:
     def differentiate() -> Tree:
         result: Tree = {}
         for loss, metrics in point.losses():
-            outcomes.append((loss.detach(), metrics))
+            outcomes.append((point.unscaled(loss), metrics))
             if loss.requires_grad:
                 # the loss is scaled and not its gradient, as in an ordinary step: bit for bit
                 result = add(result, gradient(loss if share == 1.0 else loss * share, own))
         return result
 
-    return FirstOrder(point.loss.within(state, differentiate), state, outcomes)
+    found = scale(point.loss.within(state, differentiate), 1.0 / point.scale)
+    return FirstOrder(found, state, outcomes)
 
 
 def _of_each(problem: LowerProblem, count: int) -> FirstOrder:

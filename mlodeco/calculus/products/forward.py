@@ -19,11 +19,12 @@ from torch.autograd import forward_ad
 
 from mlodeco.calculus.forward_mode import NoGradStopsTangents
 from mlodeco.calculus.point import LowerProblem
+from mlodeco.calculus.precision import into_range
 from mlodeco.calculus.products.first_order import first_gradient
 from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
 from mlodeco.calculus.stateless import gradient, live
-from mlodeco.tree import Tree, add, fill
+from mlodeco.tree import Tree, add, fill, scale, widen
 
 
 class Forward:
@@ -101,10 +102,24 @@ class Forward:
 def push_gradient(problem: LowerProblem, along: Mapping[str, Tree]) -> Tree:
     """The derivative of the gradient in w along a direction in the parameters of several levels.
 
+    In and out in single precision, as in :mod:`mlodeco.calculus.products.fitted`.
+
     Args:
         problem: the loss and its point.
         along: for each level, its own perhaps, a part of the direction.
     """
+    point = problem.point
+    values = {name: {**point.values, problem.level: problem.parameters}[name] for name in along}
+    whole, unit = into_range(_joined(along), _joined(values), is_scaled=point.loss.is_half)
+    into = {name: {key: whole[f"{name}/{key}"] for key in tree} for name, tree in along.items()}
+    return scale(widen(_push(problem, into)), unit / point.scale)
+
+
+def _joined(trees: Mapping[str, Tree]) -> Tree:
+    return {f"{name}/{key}": t for name, tree in trees.items() for key, t in tree.items()}
+
+
+def _push(problem: LowerProblem, along: Mapping[str, Tree]) -> Tree:
     point, level = problem.point, problem.level
     values = {**point.values, level: live(problem.parameters)}
     share = 1.0 / len(point.batches)

@@ -45,22 +45,27 @@ class Reverse:
 
     @cached_property
     def _gradients(self) -> list[Tree]:
-        def build() -> list[Tree]:
-            found: list[Tree] = []
-            self.outcomes = []
-            for loss, metrics in self._problem.point.losses():
-                self.outcomes.append((loss.detach(), metrics))
-                is_live = loss.requires_grad
-                found.append(gradient(loss, self._own, create_graph=True) if is_live else {})
-            return found
-
-        gradients = self._problem.point.loss.within(self.state, build)
+        gradients = self._build()
         self._refuse_dead_ends(gradients)
         copies = self._problem.point.copies
         if copies is not None and self._problem.level in copies.levels and not copies.is_vmapped:
             each = [gradients[r :: copies.count] for r in range(copies.count)]
             warn_of_untouched(self._problem, [set().union(*trees) for trees in each])
         return gradients
+
+    def _build(self) -> list[Tree]:
+        """The gradient of each micro-batch, with its graph."""
+
+        def differentiate() -> list[Tree]:
+            found: list[Tree] = []
+            self.outcomes = []
+            for loss, metrics in self._problem.point.losses():
+                self.outcomes.append((self._problem.point.unscaled(loss), metrics))
+                is_live = loss.requires_grad
+                found.append(gradient(loss, self._own, create_graph=True) if is_live else {})
+            return found
+
+        return self._problem.point.loss.within(self.state, differentiate)
 
     def _refuse_dead_ends(self, gradients: list[Tree]) -> None:
         """Looks for nodes that autograd would pass over in silence, giving zero.
@@ -93,8 +98,8 @@ class Reverse:
         return self._into_trees(self._pull_back_and_free(v, inputs), self._targets)
 
     def gradient(self) -> Tree:
-        """The mean of the graph's gradients over micro-batches."""
-        share = 1.0 / len(self._gradients)
+        """The mean of the graph's gradients over micro-batches, those of the losses as they are."""
+        share = 1.0 / (len(self._gradients) * self._problem.point.scale)
         found: Tree = {}
         for tree in self._gradients:
             found = add(found, frozen(tree), share)

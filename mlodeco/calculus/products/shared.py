@@ -16,7 +16,7 @@ from mlodeco.calculus.mean import Mean, mean_by_name, mean_of
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products import first_order, forward
 from mlodeco.calculus.products.protocol import Cross, Curvature, Linearization
-from mlodeco.tree import Tree, fill
+from mlodeco.tree import Tree, fill, widen
 
 
 def share_curvature(curvature: Curvature, problem: LowerProblem) -> Curvature:
@@ -45,7 +45,7 @@ def push_gradient(problem: LowerProblem, along: Mapping[str, Tree]) -> Tree:
         along: for each level, its own perhaps, a part of the direction.
     """
     found = forward.push_gradient(problem, along)
-    return mean_of(problem.point.mean, found, problem.parameters)
+    return mean_of(problem.point.mean, found, widen(problem.parameters))
 
 
 class _Shared:

@@ -1,0 +1,5 @@
+"""``python -m mlodeco``, which launchers of several processes need."""
+
+from mlodeco.cli import main
+
+main()
