@@ -67,7 +67,7 @@ class Curriculum:
         self.seen = state["seen"]
 
 
-def everything(parts=1, data_of=loader, optimizer=partial(SGD, lr=0.05, momentum=0.9)):
+def everything(parts=1, data_of=loader, optimizer=None):
     """Dropout, BatchNorm, momentum, Adam, a scheduler, CG with warm start, early stopping."""
     program = Program()
     curriculum = program.track("curriculum", Curriculum())
@@ -75,7 +75,7 @@ def everything(parts=1, data_of=loader, optimizer=partial(SGD, lr=0.05, momentum
     @program.level(
         "low",
         module=network,
-        optimizer=optimizer,
+        optimizer=optimizer or partial(SGD, lr=0.05, momentum=0.9),
         scheduler=partial(StepLR, step_size=30, gamma=0.9),
         data=data_of(1, parts),
         inner_steps=3,

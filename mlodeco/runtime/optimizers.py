@@ -16,6 +16,7 @@ from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.update import Update
 from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
+from mlodeco.runtime.checkpoint.encoding import spread_like
 from mlodeco.runtime.notes import noted
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
@@ -197,20 +198,33 @@ def save_optimizer(optimizer: Optimizer, rank: int) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Gives an optimizer a state; tensors keep the dtypes that they had.
+    """Gives an optimizer a whole state; tensors keep the dtypes that they had.
 
     ``load_state_dict`` alone converts them to those of the parameters.
     """
-    # a divided one takes its part, and forgets the rest of what it is given
-    optimizer.load_state_dict({**state, "state": dict(state["state"])})
     ids = [one for group in state["param_groups"] for one in group["params"]]
     members = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {
+        number: {
+            name: _laid_out(value, parameter) for name, value in state["state"][number].items()
+        }
+        for number, parameter in zip(ids, members, strict=True)
+        if number in state["state"]
+    }
+    # a copy: a divided one takes its part, and forgets the rest of what it is given
+    optimizer.load_state_dict({**state, "state": dict(known)})
     for number, parameter in zip(ids, members, strict=True):
-        present = optimizer.state.get(parameter, {})
-        for name, value in state["state"].get(number, {}).items():
+        present = optimizer.state.get(parameter) or {}
+        for name, value in known.get(number, {}).items():
             loaded = present.get(name)
             if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                 present[name] = value.to(loaded.device)
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """What is kept for each entry of a parameter, spread over processes as that is."""
+    is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+    return spread_like(value, parameter) if is_like else value
 
 
 def fresh_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
