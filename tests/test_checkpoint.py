@@ -334,9 +334,9 @@ def steps_of(runner, count):
 
 def left_by(runner):
     """Everything that a person sees of a run, and the random numbers that come next."""
-    runner._journal.new()
+    runner._journal.update()
     draws = torch.rand(2).tolist(), random.random(), float(np.random.rand())
-    return bits(state_of(runner)), runner._journal.text, draws
+    return bits(state_of(runner)), runner._journal.text(), draws
 
 
 def state_of(runner):

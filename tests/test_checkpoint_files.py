@@ -24,7 +24,7 @@ from torch.optim import SGD, Adam
 import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.errors import CheckpointError, CheckpointWarning
-from mlodeco.runtime.checkpoint import folder
+from mlodeco.runtime.checkpoint import folder, output
 from mlodeco.runtime.checkpoint.encoding import decode, encode
 from tests.checkpoint_worker import bits, in_child, run, state, trained
 
@@ -478,7 +478,8 @@ def test_a_limit_of_the_system_is_told(tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_lines_of_metrics_are_kept_until_they_can_be_written(tmp_path):
+def test_lines_of_metrics_are_kept_until_they_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "INTERVAL", 0.0)
     program = small()
     metrics, hidden = tmp_path / "metrics.jsonl", tmp_path / "hidden"
 

@@ -448,6 +448,8 @@ class Runner:
             raise
         finally:
             self._last_tick = None
+            if self._output is not None and self._is_between_ticks:
+                self._output.record(self._journal, at_once=True)
         for listener in self.listeners:
             listener.on_end(result)
         return result
@@ -581,7 +583,7 @@ class Runner:
         if saving.resume == "auto":
             resumed = load_newest(self._output.candidates(), self._load)
         best = None if self._best is None else self._best.path
-        self._output.begin(self._journal.text, resumed, best)
+        self._output.begin(self._journal, resumed, best)
         self._owners.check()
 
     def _contents(self) -> Contents:
@@ -596,10 +598,10 @@ class Runner:
                 "a checkpoint was asked for in the middle of a tick.",
                 remedy="save between two calls of step(), or run(out=..., checkpoint_every=...).",
             )
-        self._journal.new()
+        self._journal.update()
         best = None if self._best is None else asdict(replace(self._best, path=None))
         progress = Progress(self.tick, self._run_seed, self._stop_reason, best)
-        return collect(self._owners, progress, self._journal.text)
+        return collect(self._owners, progress, self._journal.text())
 
     def _save_if_due(self) -> None:
         """Writes the checkpoint of a tick; a run writes that of its last tick at its end."""
@@ -613,8 +615,10 @@ class Runner:
             path = output.save_best(self.tick, self._contents)
             self._best = replace(self._best, path=path)
             self._announce(path)
+        self._journal.update()
         stands = self.tick, len(self._journal)
         if is_due and stands != self._saved_at:
+            output.record(self._journal, at_once=True)
             path = output.save(self.tick, self._contents)
             self._saved_at = None if path is None else stands
             self._announce(path)
@@ -635,7 +639,7 @@ class Runner:
 
     def _tell(self, tick: Tick) -> None:
         if self._output is not None:
-            self._output.record(self._journal)
+            self._output.record(self._journal, at_once=self._last_tick is None)
         for listener in self.listeners:
             listener.on_tick(tick)
 

@@ -13,6 +13,8 @@ from mlodeco.runtime.history import History, SolveRecord, StepRecord, Validation
 
 Record = StepRecord | ValidationRecord
 
+_to_json = json.JSONEncoder(allow_nan=False).encode
+
 _NUMBERS = ("NaN", "Infinity", "-Infinity")
 
 
@@ -34,8 +36,8 @@ class Journal:
         self._lines: list[str] = []
         self._steps = self._validations = 0
 
-    def new(self) -> list[str]:
-        """The lines of the records since the last call; to be asked for between ticks."""
+    def update(self) -> None:
+        """Makes the lines of new records; to be called between ticks."""
         steps = self._history.steps[self._steps :]
         validations = self._history.validations[self._validations :]
         self._steps += len(steps)
@@ -43,14 +45,11 @@ class Journal:
         # sorting keeps the order of equals: steps before validations
         records: list[Record] = [*steps, *validations]
         records.sort(key=lambda record: record.tick)
-        found = [json.dumps(_line(record), allow_nan=False) + "\n" for record in records]
-        self._lines += found
-        return found
+        self._lines += [_to_json(_line(record)) + "\n" for record in records]
 
-    @property
-    def text(self) -> str:
-        """All lines that :meth:`new` has given."""
-        return "".join(self._lines)
+    def text(self, start: int = 0) -> str:
+        """The lines from a number on."""
+        return "".join(self._lines[start:])
 
     def load(self, text: str, records: list[Record]) -> None:
         """Begins with these lines, which are those of the records; the history gets these."""
@@ -77,7 +76,7 @@ def _line(record: Record) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, bool | int | str) or value is None:
+    if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else json.dumps(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.shelf import Shelf
 from mlodeco.runtime.checkpoint.signals import Signals
 from mlodeco.runtime.processes import Processes
+
+INTERVAL = 1.0
+"""Seconds between two writes of metrics while a run is on."""
 
 ERRORS = ("warn", "raise")
 """What ``checkpoint_errors=`` may be."""
@@ -93,6 +97,8 @@ class Output:
         self._best: Path | None = None
         self._known_best: Path | None = None
         self._is_behind = False
+        self._recorded = 0
+        self._recorded_at = -INTERVAL
 
     @property
     def metrics(self) -> Path:
@@ -114,11 +120,11 @@ class Output:
         found = self._shelf.found() if self._processes.is_main else []
         return [Path(path) for path in self._processes.exchange(list(map(str, found)))[0]]
 
-    def begin(self, history: str, resumed: Path | None, best: Path | None) -> None:
+    def begin(self, journal: Journal, resumed: Path | None, best: Path | None) -> None:
         """Makes the folder ready for a run.
 
         Args:
-            history: the records of the checkpoint that it goes on from.
+            journal: the records of the checkpoint that it goes on from.
             resumed: that checkpoint.
             best: where that of the best validation is.
 
@@ -141,7 +147,8 @@ class Output:
         try:
             self._shelf.tidy()
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._write_metrics(history)
+            self._write_metrics(journal.text())
+            self._recorded = len(journal)
         except OSError as error:
             raise RunError(
                 f"out={str(self.path)!r} cannot be written to: {error}.",
@@ -153,23 +160,28 @@ class Output:
         temporary.write_text(history, encoding="utf-8", newline="")
         temporary.replace(self.metrics)
 
-    def record(self, journal: Journal) -> None:
-        """Adds the new records to the metrics.
+    def record(self, journal: Journal, *, at_once: bool) -> None:
+        """Adds the new records to the metrics, once in a while or at once.
 
         Raises:
             RunError: they cannot be written, and ``checkpoint_errors`` is ``"raise"``.
         """
-        lines = journal.new()
-        if not self._processes.is_main or not lines:
+        is_early = not at_once and time.monotonic() < self._recorded_at + INTERVAL
+        if not self._processes.is_main or is_early:
+            return
+        journal.update()
+        self._recorded_at = time.monotonic()
+        start = 0 if self._is_behind else self._recorded
+        if start == len(journal):
             return
         try:
             if self._is_behind:
-                self._write_metrics(journal.text)
+                self._write_metrics(journal.text())
             else:
                 self._is_behind = True
                 with self.metrics.open("a", encoding="utf-8", newline="") as file:
-                    file.write("".join(lines))
-            self._is_behind = False
+                    file.write(journal.text(start))
+            self._recorded, self._is_behind = len(journal), False
         except OSError as error:
             found = f"{self.metrics} cannot be written to: {error}"
             if self._saving.errors == "raise":
