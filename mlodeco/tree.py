@@ -8,10 +8,14 @@ an operation, not one a parameter.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
+from functools import reduce
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Tree = dict[str, Tensor]
 
@@ -50,6 +54,9 @@ def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float =
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """The inner product over the common keys, free of overflow and underflow like :func:`norm`."""
+    if shards := [key for key in left if key in right and is_shard(left[key])]:
+        rest = {key: value for key, value in left.items() if key not in shards}
+        return dot(rest, right) + _dot_of_shards([(left[key], right[key]) for key in shards])
     pairs = [(left[key].reshape(-1), right[key].reshape(-1)) for key in left if key in right]
     if not pairs:
         return 0.0
@@ -80,9 +87,13 @@ def norm(tree: Mapping[str, Tensor]) -> float:
     """The Euclidean norm of all the entries together, free of overflow and underflow.
 
     Accumulated at least in single precision; again in double where that does not suffice.
+    Tensors of which each process holds a part count whole, by one collective for all.
     """
     if not tree:
         return 0.0
+    if shards := {key: value for key, value in tree.items() if is_shard(value)}:
+        rest = {key: value for key, value in tree.items() if key not in shards}
+        return math.hypot(norm(rest), math.sqrt(_dot_of_shards([(v, v) for v in shards.values()])))
     values = list(tree.values())
     kinds = {value.dtype for value in values}
     size = _norm(values, _wide(values[0]) if len(kinds) > 1 else _SINGLE.get(values[0].dtype))
@@ -127,9 +138,26 @@ def match(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tree:
     return {key: value.to(like[key].dtype) for key, value in tree.items()}
 
 
+def is_shard(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether a process holds a part of it alone: a ``DTensor``, known by its way to the whole."""
+    return type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "full_tensor")
+
+
+def _dot_of_shards(pairs: list[tuple[Any, Any]]) -> float:
+    """In double precision, in which squares of single one neither overflow nor vanish.
+
+    The parts of a sum are added up in each process before they are over processes.
+    """
+    wide = _wide(pairs[0][0])
+    parts = ((left.to(wide) * right.to(wide)).sum() for left, right in pairs)
+    return float(reduce(operator.add, parts).full_tensor())
+
+
 def is_zero(tree: Mapping[str, Tensor]) -> bool:
     """Whether all entries are zero; one that is not, among the last, settles it at once."""
     for value in reversed(list(tree.values())):
+        if is_shard(value):
+            break
         if value.numel() and value[(-1,) * value.dim()] != 0.0:
             return False
     return norm(tree) == 0.0

@@ -28,6 +28,7 @@ import mlodeco
 from mlodeco import Program
 from mlodeco.hypergrad import CG
 from mlodeco.runtime.checkpoint import folder, output
+from mlodeco.runtime.fsdp import whole
 
 STEPS = 200
 EVERY = 20
@@ -120,7 +121,7 @@ def run(out, program=None, steps=STEPS, **options):
 
 def state(program):
     return {
-        f"{name}.{key}": t.detach().clone()
+        f"{name}.{key}": whole(t).detach().clone()
         for name in program.levels
         for key, t in program.module(name).state_dict().items()
     }
@@ -217,13 +218,19 @@ def kill_runs(out, count):
     (out / "report.json").write_text(json.dumps(report))
 
 
+def sharded(parts):
+    from tests.sharded_worker import bilevel
+
+    return bilevel(CG(max_steps=3, damping=1.0, warm_start=True), parts, "sharded")
+
+
 def of_several(out, plan):
     """What one of several processes does, and leaves in OUT/RANK.json."""
     rank, parts = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {}
     for name, what in plan.items():
         divided = {"optimizer": DIVIDED} if what.get("divided") else {}
-        program = everything(parts, **divided)
+        program = sharded(parts) if what.get("sharded") else everything(parts, **divided)
         if what.get("term"):
             at = what["term"]
 

@@ -187,6 +187,9 @@ def several(tmp_path_factory):
         "full": {"out": "full", "steps": 8, "checkpoint_every": 4, "full": True},
         "short": {"out": "short", "steps": 25},
         "divided": {"out": "divided", "steps": 30, "divided": True},
+        "sharded": {"out": "sharded", "steps": 12, "sharded": True},
+        "a part": {"out": "part", "steps": 5, "sharded": True},
+        "the rest": {"out": "part", "steps": 12, "sharded": True},
         "begun": {"out": "begun", "steps": 15, "divided": True},
         "and ended": {"out": "begun", "steps": 30, "divided": True},
     }
@@ -214,6 +217,13 @@ def test_an_optimizer_that_is_divided_goes_on(several):
     for one in found:
         assert one["and ended"]["bits"] == one["divided"]["bits"]
         assert one["and ended"]["metrics"] == one["divided"]["metrics"]
+
+
+def test_a_sharded_level_goes_on(several):
+    _, found, _ = several
+    for one in found:
+        assert one["the rest"]["bits"] == one["sharded"]["bits"]
+        assert one["the rest"]["metrics"] == one["sharded"]["metrics"]
 
 
 def test_a_process_that_cannot_write_keeps_all_from_it(several):

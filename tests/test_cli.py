@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tomllib
@@ -29,6 +28,7 @@ from mlodeco.cli.settings import apply_settings, read_setting
 from mlodeco.declare.registry import LEVEL_OPTIONS
 from mlodeco.hypergrad import CG, NAMES, Guide, Neumann, read_method, spell
 from mlodeco.hypergrad.options import Options
+from tests.launching import LAUNCHERS, launched
 
 ROOT = Path(__file__).parent.parent
 
@@ -616,31 +616,12 @@ here = pathlib.Path(__file__).parent
 RUN_OPTIONS = ("--steps", "2", "--set", "weights.inner_steps=1", "--progress", "plain")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_run_the_module(launcher, tmp_path, session):
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    start = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        "accelerate": [
-            "accelerate.commands.launch",
-            *("--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port),
-        ],
-    }[launcher]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     arguments = ("run", str(script), *RUN_OPTIONS, "--", "--epochs", "3")
-    done = subprocess.run(
-        [sys.executable, "-m", *start, "-m", "mlodeco", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched(launcher, "-m", "mlodeco", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("all 2 steps were run") == 1
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

@@ -169,6 +169,17 @@ def test_inductor_gives_the_same_in_single_precision():
     assert compiler_of(runner).refusal is None
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_that_of_eager_runs(precision):
+    made = partial(program, CG(max_steps=3, damping=1.0), dtype=torch.float32, precision=precision)
+    found, runner = trained(made(), "aot_eager")
+    wanted, _ = trained(made(), False)
+    assert relative(found, wanted) < 1e-2
+    assert relative(found, trained(made(), False, steps=1)[0]) > 1e-1
+    assert compiler_of(runner).refusal is None
+    assert compiler_of(runner).graphs > 0
+
+
 def test_other_sizes_of_batches_are_compiled_anew():
     made = partial(program, Neumann(damping=0.5), data=[samples(n, n) for n in (8, 5, 7)])
     found, runner = trained(made(), "eager", steps=6)

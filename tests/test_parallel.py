@@ -24,6 +24,7 @@ from mlodeco import Runner
 from mlodeco.errors import DataError, OptimizerError, RunError
 from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
 from mlodeco.runtime.shards import shard
+from tests.launching import LAUNCHERS, launched
 from tests.parallel_worker import (
     CASES,
     EXPLICIT,
@@ -334,34 +335,21 @@ def test_processes_with_other_modules_are_refused(healthy):
 
 
 SCRIPT = """
-import sys, mlodeco
+import os, sys, mlodeco
 from tests.parallel_worker import bilevel, state
 program = bilevel("sama", 2)
 result = mlodeco.run(2, program=program, progress="plain", seed=3)
+print("of", os.environ["WORLD_SIZE"])
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_work(launcher, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    start = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        "accelerate": [
-            "accelerate.commands.launch",
-            *("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-            *("--dynamo_backend", "no", "--main_process_port", "0"),
-        ],
-    }[launcher]
-    done = subprocess.run(
-        [sys.executable, "-m", *start, str(tmp_path / "script.py")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched(launcher, str(tmp_path / "script.py"))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("all 2 steps were run") == 1
+    assert done.stdout.count("of 2") == 2
 
 
 def test_a_bucket_keeps_what_is_missing_apart():

@@ -63,7 +63,8 @@ def find_dependence(point: Point, parameters: Mapping[str, Sequence[Tensor]]) ->
     def evaluate() -> set[int]:
         with _KeepsToItsTask(loss.level, loss.site):
             value, _ = next(point.losses())
-        return _leaves(value.grad_fn)
+        found = _leaves(value.grad_fn)
+        return found if loss.shards is None else loss.shards.reached(value, found)
 
     with preserved_randomness():
         reached = loss.within(point.state(values), evaluate)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mlodeco.calculus.kernels import Kernels
 from mlodeco.calculus.precision import autocasting
+from mlodeco.calculus.shards import Shards
 from mlodeco.calculus.slots import Place, Slot, State, call_swapped
 from mlodeco.errors import LossError, MlodecoError, NonFiniteError
 from mlodeco.tree import Tree
@@ -105,7 +106,13 @@ class StatelessLoss:
                 slot = Slot(dot + name, child._buffers, name, None, id(child))
                 self._buffers.append(slot)
         self._slots = (*self._parameters, *self._buffers)
+        self.shards: Shards | None = None
         self.sees = tuple(dict.fromkeys(s.owner[0] for s in self._parameters if s.owner))
+
+    @property
+    def parameters(self) -> tuple[Slot, ...]:
+        """The slots of parameters."""
+        return tuple(self._parameters)
 
     @property
     def buffers(self) -> list[Slot]:
@@ -161,7 +168,21 @@ class StatelessLoss:
         On leaving, slots and train/eval modes are as they were.
         """
         with self._kernels.differentiable():
-            return call_swapped(self._slots, self._children, state, function)
+            if self.shards is not None:
+                return self.shards.within(state, lambda rest: self._swapped(rest, function))
+            return self._swapped(state, function)
+
+    def _swapped(self, state: State, function: Callable[[], T]) -> T:
+        return call_swapped(self._slots, self._children, state, function)
+
+    def gradient(self, output: Tensor, inputs: Mapping[K, Tensor]) -> dict[K, Tensor]:
+        """:func:`gradient` of a loss computed :meth:`within`, in shards as well."""
+        found = gradient if self.shards is None else self.shards.gradient
+        return found(output, inputs)
+
+    def gradients(self, output: Tensor, trees: Mapping[K, Tree]) -> dict[K, Tree]:
+        """The same in several trees at once; missing keys are zero."""
+        return _by_tree(trees, lambda inputs: self.gradient(output, inputs))
 
     def call(self, items: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Calls the user's function as things are, and checks what it returns.
@@ -290,9 +311,16 @@ def frozen(tree: Mapping[str, Tensor]) -> Tree:
 
 def gradients(output: Tensor, trees: Mapping[K, Tree]) -> dict[K, Tree]:
     """The gradient of one output in several trees at once; missing keys are zero."""
+    return _by_tree(trees, lambda inputs: gradient(output, inputs))
+
+
+def _by_tree(
+    trees: Mapping[K, Tree],
+    take: Callable[[dict[tuple[K, str], Tensor]], dict[tuple[K, str], Tensor]],
+) -> dict[K, Tree]:
     inputs = {(name, key): tensor for name, tree in trees.items() for key, tensor in tree.items()}
     found: dict[K, Tree] = {name: {} for name in trees}
-    for (name, key), value in gradient(output, inputs).items():
+    for (name, key), value in take(inputs).items():
         found[name][key] = value
     return found
 

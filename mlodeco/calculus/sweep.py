@@ -22,7 +22,7 @@ from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.replicas import respond
 from mlodeco.calculus.response import Method, Solution
 from mlodeco.calculus.slots import State
-from mlodeco.calculus.stateless import gradient, live, require_finite
+from mlodeco.calculus.stateless import live, require_finite
 from mlodeco.calculus.tape import Tape
 from mlodeco.errors import MethodError
 from mlodeco.graph import SweepPlan
@@ -199,7 +199,7 @@ def _direct_pass(plan: SweepPlan, point: Point) -> _DirectPass:
             if not loss.requires_grad:
                 continue
             parts: dict[str, dict[str, Tensor]] = {level: {} for level in wanted}
-            for (level, key), part in gradient(loss, inputs).items():
+            for (level, key), part in point.loss.gradient(loss, inputs).items():
                 parts[level][key] = part
             for level in wanted:
                 found[level] = add(found[level], widen(parts[level]), share / point.scale)

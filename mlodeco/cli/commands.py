@@ -86,6 +86,18 @@ def run(
         Literal["exact", "once"] | None,
         typer.Option(help="What several processes average: every product, or the results."),
     ] = None,
+    tails: Annotated[
+        Literal["drop", "pad"] | None,
+        typer.Option(help="What several processes do with the end of a pass over a DataLoader."),
+    ] = None,
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"] | None,
+        typer.Option("--mixed-precision", help="Of levels without a precision of their own."),
+    ] = None,
+    compile: Annotated[  # noqa: A002 (as the option is named)
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile second-derivative products."),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Run a script; options go over those of its first mlodeco.run().

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -34,6 +35,8 @@ from mlodeco.errors import GraphError, GraphWarning, MethodError, did_you_mean, 
 from mlodeco.graph import Graph, NestPlan, SweepPlan, plan_nest, plan_sweep, sees_more
 from mlodeco.hypergrad import NAMES, resolve
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.fsdp import gathered, rest, units
+from mlodeco.runtime.in_place import ShardsInPlace
 from mlodeco.runtime.initial import (
     check_copies,
     check_starts,
@@ -43,6 +46,7 @@ from mlodeco.runtime.initial import (
 )
 from mlodeco.runtime.modules import find_owners, materialize, select_parameters
 from mlodeco.runtime.precision import set_precision
+from mlodeco.runtime.sharding import check_sharded
 from mlodeco.runtime.stacking import spread_again, stack_parameters, tie
 from mlodeco.runtime.steps import (
     bind_updates,
@@ -66,7 +70,8 @@ class BuiltLevel:
     ``template`` those in its module, which are then views of the first replica; ``origins`` says
     which parameters of levels above are copied into them by ``init_from``. ``copied`` names
     the replicated levels that its loss sees, itself included; ``is_looped`` says that it cannot
-    be vmapped over them, ``is_settled`` that this has been found out.
+    be vmapped over them, ``is_settled`` that this has been found out. ``is_sharded`` says that
+    FSDP2 shards its module.
     """
 
     declaration: LevelDeclaration
@@ -91,6 +96,7 @@ class BuiltLevel:
     copied: frozenset[str] = frozenset()
     is_looped: bool = False
     is_settled: bool = False
+    is_sharded: bool = False
 
     @property
     def name(self) -> str:
@@ -249,6 +255,26 @@ class Build:
         """The current parameters of the levels, without gradients; the storage is shared."""
         return {name: frozen(self.levels[name].parameters) for name in levels}
 
+    @contextmanager
+    def opened(self, levels: Iterable[str], *, whole: bool) -> Iterator[dict[str, Tree]]:
+        """The same, for stateless passes; they must be wanted by all processes where sharded.
+
+        Args:
+            levels: their names.
+            whole: whether sharded levels are gathered, and shown whole by their modules
+                meanwhile.
+        """
+        values = self.values(levels)
+        if not whole:
+            yield values
+            return
+        modules = [self.levels[name].module for name in values if self.levels[name].is_sharded]
+        with gathered(modules) as wholes:
+            for name in values:
+                for key, parameter in self.levels[name].parameters.items():
+                    values[name][key] = wholes.get(id(parameter), values[name][key])
+            yield values
+
     def methods_for(self, spec: Any) -> Methods:
         """One method on every edge, or by a mapping those of the lower levels that it names.
 
@@ -338,6 +364,10 @@ def build(registry: Registry) -> Build:
     origins = {name: level.origins for name, level in levels.items()}
     refuse_closed_starts(declarations, graph, methods, updates, origins)
     result = Build(registry.version, levels, graph, methods, custom, sources)
+    for level in levels.values():
+        level.is_sharded = bool(units(level.module))
+        level.loss.shards = ShardsInPlace(level.loss) if units(level.loss.module) else None
+    check_sharded(result)
     result.fingerprint = _fingerprint(modules)
     if current is not None:
         result.run_seed, result.tick = current.run_seed, current.tick
@@ -408,6 +438,7 @@ def _fingerprint(modules: Mapping[str, nn.Module]) -> tuple[Any, ...]:
     distinct = {id(module): module for module in modules.values()}
     found: list[Any] = []
     for module in distinct.values():
+        rest(module)
         for child in module.modules():
             found.append(id(child))
             for parameter in child._parameters.values():

@@ -17,6 +17,7 @@ from mlodeco.calculus.point import Point
 from mlodeco.calculus.probe import find_dependence
 from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import make_seed, preserved_randomness, randomness_set_aside
+from mlodeco.calculus.response import Method
 from mlodeco.calculus.roll import Buffers
 from mlodeco.calculus.sweep import Hypergradient, Memories, sweep
 from mlodeco.calculus.tape import Tape
@@ -26,11 +27,14 @@ from mlodeco.runtime.build import Build, BuiltLevel, Methods
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import items_for
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.fsdp import shard_like, whole_tree
+from mlodeco.runtime.in_place import beside_shards, must_gather
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, take_loops
 from mlodeco.runtime.modules import device_of
 from mlodeco.runtime.optimizers import next_update
 from mlodeco.runtime.replicas import copies_of, part_of_each, settle_way
 from mlodeco.runtime.scaling import at_some_scale, scale_for
+from mlodeco.tree import Tree
 
 Batches = Mapping[str, tuple[Drawn, ...]]
 """For each level its micro-batches."""
@@ -59,6 +63,9 @@ def compute_hypergradient(
     scale: float | None = None,
 ) -> Hypergradient:
     """The hypergradient of ``top`` at the current parameters; changes nothing.
+
+    Sharded levels are gathered for its duration, unless all methods of the sweep can do with
+    FSDP's own passes; all processes must ask for it then.
 
     Parameters, buffers, ``.grad``, train/eval modes, loaders and the global random streams are
     as before. Tensors, generators and modules that a loss captures by a closure and that belong
@@ -89,8 +96,11 @@ def compute_hypergradient(
         _refuse_copies(built, involved)
         _refuse_half(built, involved)
         _refuse_steps_in(built, built.nest(top, methods))
-    with randomness_set_aside(), torch.enable_grad():
-        values = built.values({name for lv in involved for name in built.levels[lv].seen})
+    seen = dict.fromkeys(name for lv in involved for name in built.levels[lv].seen)
+    used = [None] if nested else _methods_of(built, top, methods)
+    sharded = [built.levels[name] for name in seen if built.levels[name].is_sharded]
+    whole = must_gather(sharded, used)
+    with randomness_set_aside(), torch.enable_grad(), built.opened(seen, whole=whole) as values:
         contexts = {name: make_context(name) for name in involved}
         draw = (rank, top, contexts[top].step, entropy)
         points = {
@@ -99,6 +109,8 @@ def compute_hypergradient(
         }
         for name in involved:
             probe(built, built.levels[name], points[name], nested=nested)
+        if mean is not None and sharded and not whole:
+            mean = beside_shards(mean)
         known = compilers or {}
         open_edges = {edge: method for edge, method in chosen.items() if method is not None}
 
@@ -116,8 +128,11 @@ def compute_hypergradient(
             if loops:
                 made, scaled = _roll(built, top, chosen, scaled, loops, contexts)
             if nested:
-                return differentiate_nested(built.nest(top, methods), scaled, open_edges)
-            return sweep(built.plan(top, methods), scaled, open_edges, memories, made)
+                found = differentiate_nested(built.nest(top, methods), scaled, open_edges)
+            else:
+                kept = _gathered(memories or {}) if whole else memories
+                found = sweep(built.plan(top, methods), scaled, open_edges, kept, made)
+            return _in_parts(built, found) if whole else found
 
         if scale is not None:
             return find(scale)
@@ -145,6 +160,36 @@ def _roll(
     }
     tapes, buffers = take_loops(built, items, wanted, points)
     return tapes, {name: _moved(point, tapes, buffers) for name, point in points.items()}
+
+
+def _methods_of(built: Build, top: str, methods: Methods | None) -> list[Method | None]:
+    """Those of the edges of a sweep."""
+    chosen = built.methods if methods is None else methods
+    return [chosen[edge] for edge in built.plan(top, methods).edges]
+
+
+def _gathered(memories: Memories) -> Memories:
+    return {
+        key: {what: whole_tree(tree) for what, tree in memory.items()}
+        for key, memory in memories.items()
+    }
+
+
+def _in_parts(built: Build, found: Hypergradient) -> Hypergradient:
+    """What solvers found and methods keep of sharded levels, each process its part."""
+
+    def part(level: str, tree: Tree) -> Tree:
+        return shard_like(tree, built.levels[level].parameters)
+
+    solves = [
+        replace(s, solution=replace(s.solution, value=part(s.level, s.solution.value)))
+        for s in found.solves
+    ]
+    memories = {
+        (level, number): {what: part(level, tree) for what, tree in memory.items()}
+        for (level, number), memory in found.memories.items()
+    }
+    return replace(found, solves=tuple(solves), memories=memories)
 
 
 def _refuse_copies(built: Build, involved: tuple[str, ...]) -> None:
@@ -225,8 +270,9 @@ def probe_level(built: Build, name: str, batch: Drawn, ctx: Context, rank: int) 
     level = built.levels[name]
     if level.is_probed:
         return
-    values = built.values(level.seen)
-    with preserved_randomness(), torch.enable_grad():
+    whole = must_gather([built.levels[n] for n in level.seen if built.levels[n].is_sharded])
+    opened = built.opened(level.seen, whole=whole)
+    with preserved_randomness(), torch.enable_grad(), opened as values:
         point = make_point(built, name, (batch,), ctx, values, (rank, name, ctx.step, ""))
         probe(built, level, point)
 

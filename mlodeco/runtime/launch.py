@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from mlodeco.errors import RunError
+from mlodeco.runtime.sharding import check_plugin
 
 _AVAILABLE = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
 )
 
 _REMEDIES = {
@@ -79,9 +81,10 @@ def _check(accelerator: Accelerator) -> None:
     if kind not in _AVAILABLE:
         raise RunError(
             f"an Accelerator of the kind {kind.value} is not available in this version.",
-            expected="plain data parallel processes, on CPUs or one GPU each.",
+            expected="data parallel processes, on CPUs or one GPU each, or FSDP2.",
             remedy=_REMEDIES.get(kind, "launch with accelerate launch --multi_gpu, or torchrun."),
         )
+    check_plugin(accelerator)
     _check_idle_options(accelerator)
 
 

@@ -32,6 +32,7 @@ from mlodeco.runtime.optimizers import (
     warn_if_flat,
 )
 from mlodeco.runtime.replicas import entries_of
+from mlodeco.runtime.sharding import refuse_unrolled
 from mlodeco.runtime.stacking import spread
 from mlodeco.tree import Tree
 
@@ -46,6 +47,7 @@ def recordings(built: Build, methods: Methods, top: str | None = None) -> dict[s
     """
     found: dict[str, Recording] = {}
     for upper, low in unrolled_edges(built, methods, top):
+        refuse_unrolled(built.levels[low], built, upper)
         recording: Recording = getattr(methods[upper, low], "recording")  # noqa: B009
         found[low] = found[low].join(recording) if low in found else recording
     return found

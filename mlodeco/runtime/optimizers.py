@@ -16,7 +16,7 @@ from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.update import Update
 from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
-from mlodeco.runtime.checkpoint.encoding import spread_like
+from mlodeco.runtime.fsdp import shard_of, whole_tree
 from mlodeco.runtime.notes import noted
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
@@ -133,7 +133,8 @@ def next_update(level: BuiltLevel) -> tuple[Update, Mapping[str, Any]]:
         return level.rule, level.rule_state
     optimizer = level.optimizer or make_optimizer(level, wanted_by)
     warn_if_flat(level, optimizer)
-    return read_step(level, optimizer), read_state(level, optimizer)
+    state = read_state(level, optimizer)
+    return read_step(level, optimizer), {key: whole_tree(known) for key, known in state.items()}
 
 
 def warn_if_flat(level: BuiltLevel, optimizer: Optimizer | None) -> None:
@@ -206,7 +207,8 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     members = [p for group in optimizer.param_groups for p in group["params"]]
     known = {
         number: {
-            name: _laid_out(value, parameter) for name, value in state["state"][number].items()
+            name: shard_of(value, parameter) if isinstance(value, Tensor) else value
+            for name, value in state["state"][number].items()
         }
         for number, parameter in zip(ids, members, strict=True)
         if number in state["state"]
@@ -219,12 +221,6 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             loaded = present.get(name)
             if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                 present[name] = value.to(loaded.device)
-
-
-def _laid_out(value: Any, parameter: Tensor) -> Any:
-    """What is kept for each entry of a parameter, spread over processes as that is."""
-    is_like = isinstance(value, Tensor) and value.shape == parameter.shape
-    return spread_like(value, parameter) if is_like else value
 
 
 def fresh_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:

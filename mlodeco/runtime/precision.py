@@ -69,12 +69,20 @@ def set_precision(levels: Iterable[BuiltLevel], precision: str) -> None:
     """Sets the precision of each level's passes: its own, else the one given.
 
     Raises:
-        ModuleError: float16 by autocast on parameters that are in float16 themselves.
+        ModuleError: float16 by autocast on parameters that are in float16 themselves, or sharded.
     """
     for level in levels:
         level.loss.dtype = dtype_of(level.declaration.precision or precision)
         if not level.loss.is_half:
             continue
+        if level.is_sharded:
+            raise ModuleError(
+                "the level runs in fp16, and its module is sharded.",
+                expected="bf16 or fp32 for sharded levels, whose losses are not scaled.",
+                remedy="set precision='bf16' for the level.",
+                level=level.name,
+                site=level.site,
+            )
         narrow = [key for key, p in level.parameters.items() if p.dtype is torch.float16]
         if narrow:
             raise ModuleError(

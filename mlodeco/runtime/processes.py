@@ -187,7 +187,12 @@ class SeveralProcesses(Processes):
     def ended_together(self) -> Iterator[None]:
         """Tells the others of an error that leaves the block, at which they end as well."""
         with self._board.told():
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if _is_lost_peer(error):  # in a collective of FSDP, which is not waited for here
+                    raise self.why_lost(error) from error
+                raise
 
     def _take_part(self, begin: Callable[..., Any], *tensors: Tensor) -> None:
         """Begins a collective of tensors and waits for it.
@@ -277,6 +282,11 @@ class SeveralProcesses(Processes):
             f"({str(error).splitlines()[0][:200]})",
             remedy="look into their output; a process may have been killed, for memory perhaps.",
         )
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective has failed, as the backends of torch say it."""
+    return isinstance(error, distributed.DistError) or "by peer" in str(error)
 
 
 def check_choice(option: str, value: object, known: Sequence[str]) -> None:

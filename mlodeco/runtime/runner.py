@@ -39,7 +39,7 @@ from mlodeco.errors import (
 )
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
-from mlodeco.runtime.build import Build, build
+from mlodeco.runtime.build import Build, BuiltLevel, build
 from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
@@ -69,7 +69,7 @@ from mlodeco.runtime.history import (
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
-from mlodeco.runtime.optimizers import warn_if_flat
+from mlodeco.runtime.optimizers import make_optimizer, warn_if_flat
 from mlodeco.runtime.overlap import passes_of
 from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
 from mlodeco.runtime.processes import (
@@ -83,10 +83,12 @@ from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.scaling import make_scale
-from mlodeco.runtime.shards import TAILS, shard
+from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
+from mlodeco.runtime.shards import TAILS, drawn_alike, shard
 from mlodeco.runtime.sources import Sources
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
+from mlodeco.tree import is_shard
 
 
 @dataclass(frozen=True)
@@ -244,11 +246,8 @@ class Runner:
 
     def _set_up(self, registry: Registry, seed: int | None) -> None:
         """Builds the program and everything that steps it."""
-        self.built: Build = build(registry)
         device = self._accelerator.device
-        for level in self.built.levels.values():
-            place_level(level, device)
-        self._start_alike()
+        self.built: Build = self._build(registry)
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         processes = self._processes
@@ -302,6 +301,21 @@ class Runner:
         involved = levels_involved(self.built, name, None, nested=False)
         return any(self.built.levels[other].loss.is_half for other in involved)
 
+    def _build(self, registry: Registry) -> Build:
+        """Builds the program, the same in all processes, placed and sharded."""
+        processes, accelerator = self._processes, self._accelerator
+        # a module that is sharded as it is made keeps of each process's numbers a part
+        with drawn_alike(processes) if processes.count > 1 else nullcontext():
+            built = build(registry)
+        to_shard = levels_to_shard(built, accelerator)
+        for level in built.levels.values():
+            if all(level.module is not other.module for other in to_shard):
+                place_level(level, accelerator.device)
+        self._start_alike(built, to_shard)
+        for level in to_shard:
+            shard_level(level, make_optimizer(level), accelerator)
+        return build(registry) if to_shard else built
+
     def _make_recorders(self) -> dict[str, Recorder]:
         """What records the steps of the levels that some method differentiates through."""
         values = Values(self.built)
@@ -329,18 +343,25 @@ class Runner:
             return seed_of(self.built, name, (rank, name, self._schedule.steps[name], ""))
         return self._trainers[name].step_seed if self.built.levels[name].copied else None
 
-    def _start_alike(self) -> None:
-        """Gives all processes the parameters and buffers of the main one."""
+    def _start_alike(self, built: Build, to_shard: list[BuiltLevel]) -> None:
+        """Gives all processes the parameters and buffers of the main one, but not its shards.
+
+        Those of levels that will be sharded one after another: a device may not hold them all.
+        """
         if self._processes.count == 1:
             return
         found: list[tuple[str, torch.Tensor]] = []
-        for name, level in self.built.levels.items():
+        for name, level in built.levels.items():
             module = level.module
             tensors = (*level.parameters.items(), *module.named_parameters())
             found += [(f"{name}: {key}", t) for key, t in (*tensors, *module.named_buffers())]
         shapes = [[name, list(t.shape), str(t.dtype)] for name, t in found]
         require_same(self._processes, "the names and shapes of parameters and buffers", shapes)
-        self._processes.copy_from_main([t for _, t in found])
+        modules = [level.module for level in to_shard]
+        alone = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+        rest = [t for _, t in found if not is_shard(t) and id(t) not in alone]
+        for part in (rest, *([t] for t in alone.values())):
+            self._processes.copy_from_main(part)
 
     def _compare_notes(self) -> None:
         """Gives all processes the buffers of the main one, which each process's own data moved.
@@ -352,7 +373,8 @@ class Runner:
         levels = self.built.levels
         modules = (level.module for level in levels.values())
         self._processes.copy_from_main([b for module in modules for b in module.buffers()])
-        tensors = {name: level.parameters.values() for name, level in levels.items()}
+        # a shard is in one process alone
+        tensors = {name: plain_part(lv.parameters).values() for name, lv in levels.items()}
         sums = {name: [float(t.detach().sum()).hex() for t in ts] for name, ts in tensors.items()}
         found = self._processes.exchange(sums)
         drifted = [name for name in levels if any(one[name] != found[0][name] for one in found)]

@@ -195,6 +195,13 @@ def _take_one(iterator: Iterator[Any]) -> Iterator[Any]:
 
 
 @contextmanager
+def drawn_alike(processes: Processes) -> Iterator[None]:
+    """Draws from the streams of the main process; the others' stay where they were."""
+    with _streams_of_main(None, processes):
+        yield
+
+
+@contextmanager
 def _streams_of_main(sampler: Any, processes: Processes) -> Iterator[None]:
     """Draws from the streams of the main process.
 

@@ -17,8 +17,8 @@ from mlodeco.calculus.tape import Recording, Tape
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.records import UNSET
 from mlodeco.declare.registry import Registry
-from mlodeco.errors import RunError
-from mlodeco.runtime.build import BuiltLevel
+from mlodeco.errors import RunError, quoted
+from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.engine import make_point, muted_context, probe
 from mlodeco.runtime.functional import find_batches, prepare, present_entropy
 from mlodeco.runtime.loops import items_of, take_loops
@@ -45,6 +45,7 @@ def solve(
     built, _, given = prepare(level, batches, program, UNSET)
     built = single(built, level)
     solved = built.levels[level]
+    _refuse_shards(built, solved)
     _, loops = find_batches(built, (level,), given, {level: count})
     with randomness_set_aside(), torch.enable_grad():
         ctx = muted_context(built, level)
@@ -66,6 +67,20 @@ def solve(
         tapes, buffers = at_some_scale(take, is_scaled=point.loss.is_half)
     initial = built.levels[solved.init_from].module if solved.init_from else None
     return _module_at(solved, tapes[level], buffers, initial)
+
+
+def _refuse_shards(built: Build, level: BuiltLevel) -> None:
+    names = dict.fromkeys((level.name, *level.seen))
+    held = [name for name in names if built.levels[name].is_sharded]
+    if held:
+        raise RunError(
+            f"solve takes the steps on whole parameters, and the module of {quoted(held)} is "
+            "sharded.",
+            expected="modules that every process holds whole.",
+            remedy="solve with a program whose modules are not sharded.",
+            level=level.name,
+            site=level.site,
+        )
 
 
 def _module_at(

@@ -28,6 +28,7 @@ from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, Share, items_for
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.fsdp import rest, shard_like
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
     fresh_state,
@@ -42,6 +43,8 @@ from mlodeco.runtime.optimizers import (
 from mlodeco.runtime.overlap import Passes
 from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.scaling import LossScale, scale_for
+from mlodeco.runtime.sharded_passes import ShardedPasses
+from mlodeco.runtime.sharding import plain_part
 from mlodeco.tree import Tree, dot, norm
 
 
@@ -87,6 +90,8 @@ class Trainer:
         self._feed = Feed(level.declaration, share)
         self._choose_passes = choose_passes
         self._passes: Passes | None = None
+        if level.loss.shards is not None:
+            self._passes = ShardedPasses(level)
         self._place = place
         self._snapshot: _Snapshot | None = None
         self._before_last_step = SavedRandomness()
@@ -141,7 +146,8 @@ class Trainer:
         """Goes on from that state, of ``then`` processes; the global random numbers are moved."""
         self._feed.load_state_dict(state["feed"], then, self._processes.count)
         self.step_seed, self.memories = state["step_seed"], state["memories"]
-        self._last_hypergradient = state["last"]
+        last, size = state["last"]
+        self._last_hypergradient = shard_like(last, self.level.parameters), size
         self._snapshot = None
         if state["snapshot"] is not None:
             self._snapshot = _Snapshot(self)
@@ -195,6 +201,7 @@ class Trainer:
         try:
             yield
         except BaseException:
+            self._rest()
             randomness.restore()
             self._before_step.restore(self)
             raise
@@ -251,6 +258,11 @@ class Trainer:
             return float(loss.detach())
         return require_finite(loss, self.level.name, self.level.site)
 
+    def _rest(self) -> None:
+        """Puts sharded modules that the loss sees to rest."""
+        if self.level.loss.shards is not None:
+            rest(self.level.loss.module)
+
     def differentiate(self, point: Point) -> Gradients:
         """The same at a point, for a level that sees replicas."""
         found = differentiate_once(LowerProblem(point, self.level.name, ()))
@@ -285,9 +297,10 @@ class Trainer:
         mean = self._processes.mean
         if mean is None:
             return found
-        parameters = {name: p.detach() for name, p in self.level.parameters.items()}
-        loss, gradient = _mean_with_loss(mean, found.loss, self.gradients(), parameters)
-        self._assign(gradient)
+        parameters = plain_part({n: p.detach() for n, p in self.level.parameters.items()})
+        gradients = self.gradients()
+        loss, gradient = self._mean_with_loss(mean, found.loss, plain_part(gradients), parameters)
+        self._assign(gradients | gradient)
         return replace(found, loss=loss)
 
     def average_hypergradient(self, found: Hypergradient) -> Hypergradient:
@@ -296,8 +309,16 @@ class Trainer:
         if mean is None:
             return found
         parameters = {name: p.detach() for name, p in self.level.parameters.items()}
-        loss, gradient = _mean_with_loss(mean, found.loss, found.gradient, parameters)
+        loss, gradient = self._mean_with_loss(mean, found.loss, found.gradient, parameters)
         return replace(found, loss=loss, gradient=gradient, size=norm(gradient))
+
+    def _mean_with_loss(
+        self, mean: Mean, loss: float, gradient: Tree, like: Tree
+    ) -> tuple[float, Tree]:
+        some = next(iter(self.level.parameters.values()))
+        known = {"loss": torch.tensor(loss, dtype=some.dtype, device=some.device)}
+        means, found = mean([known, gradient], [known, like])
+        return float(means["loss"]), found
 
     def turn_of(self, found: Hypergradient) -> float | None:
         """The cosine with the last hypergradient, which this one then replaces."""
@@ -328,7 +349,10 @@ class Trainer:
         self._require_finite(size)
         factor = clip_factor(size, bound)
         if factor != 1.0:
-            torch._foreach_mul_(list(grads.values()), factor)
+            plain = plain_part(grads)
+            shards = {key: g for key, g in grads.items() if key not in plain}
+            for part in filter(None, (plain, shards)):
+                torch._foreach_mul_(list(part.values()), factor)
         return size
 
     def _clip_each(self, grads: dict[str, Tensor]) -> float:
@@ -448,6 +472,7 @@ class Trainer:
         """
         if self._snapshot is None:
             return
+        self._rest()
         present = _Snapshot(self)
         self._snapshot.restore(self)
         now, generator_now = SavedRandomness(), generator.get_state()
@@ -461,13 +486,6 @@ class Trainer:
         finally:
             now.restore()
             generator.set_state(generator_now)
-
-
-def _mean_with_loss(mean: Mean, loss: float, gradient: Tree, like: Tree) -> tuple[float, Tree]:
-    some = next(iter(like.values()))
-    known = {"loss": some.new_tensor(loss)}
-    means, found = mean([known, gradient], [known, like])
-    return float(means["loss"]), found
 
 
 class _BeforeStep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mlodeco.errors import DataError, LossError, counted, did_you_mean, quoted
 from mlodeco.runtime.build import Build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Placer, Where, count_samples, open_source
+from mlodeco.runtime.fsdp import gathered
 from mlodeco.runtime.generators import preserved_generators
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.hooks import bind_validation, describe_validation
@@ -76,8 +78,14 @@ class Validation:
             for module in self._modules.values():
                 for child in module.modules():
                     child.training = False
-            with preserved_randomness(), generators, torch.no_grad():
+            with preserved_randomness(), generators, torch.no_grad(), self._shown_whole():
                 return self._measure(ctx)
+
+    def _shown_whole(self) -> AbstractContextManager[Any]:
+        """Sharded modules whole where processes call them for batches that differ in number."""
+        if self._source is None:
+            return nullcontext()
+        return gathered(m for name, m in self._modules.items() if name in self._arguments)
 
     def _measure(self, ctx: Context) -> dict[str, float]:
         if self._source is None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ COMPILED_PRODUCTS = ("auto", "reverse", "reverse_over_forward")
 _OPTIONS = {"fallback_random": True, "emulate_precision_casts": True}
 """Inductor's: the random numbers and the roundings of half precision that there are without it."""
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = {torch.float16, torch.bfloat16}
 
 _PATIENCE = 3
 """At so many points the products of a graph may be wrong until it is given up."""
@@ -236,7 +236,8 @@ class CompiledProducts:
     def _products(
         self, kind: str, compiled: Callable[[], tuple[Numbers, Cross]], plain: Callable[[], Cross]
     ) -> Cross:
-        return self._compiler.answer(kind, self._problem.point, compiled, plain, _difference)
+        differ = partial(_difference, tolerance=_tolerance(self._problem))
+        return self._compiler.answer(kind, self._problem.point, compiled, plain, differ)
 
     def _touched(self, *, with_targets: bool) -> tuple[str, ...]:
         known = self._compiler.touched
@@ -427,15 +428,20 @@ def _places(point: Point) -> dict[str, tuple[str, str]]:
     }
 
 
-def _difference(found: Cross, expected: Cross) -> str | None:
+def _tolerance(problem: LowerProblem) -> float:
+    """How far products may be off, relative to their size: the rounding of their dtype."""
+    dtypes = {tensor.dtype for tensor in problem.parameters.values()}
+    return 2e-2 if dtypes & _HALF or problem.point.loss.dtype in _HALF else 1e-5
+
+
+def _difference(found: Cross, expected: Cross, *, tolerance: float) -> str | None:
     """In what the products are not those expected; zeros and infinities tell nothing."""
     sizes = [norm(tree) for tree in expected.values()]
     if not any(sizes) or not all(map(isfinite, sizes)):
         return None
     for (name, tree), size in zip(expected.items(), sizes, strict=True):
         error = norm(add(found[name], tree, -1.0))
-        is_half = any(t.dtype in _HALF for t in tree.values())
-        if not error <= (2e-2 if is_half else 1e-5) * size:
+        if not error <= tolerance * size:
             return (
                 f"its products in {name!r} are {error:.1e} off, of {size:.1e}, perhaps by other "
                 "random numbers"

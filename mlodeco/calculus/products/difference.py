@@ -16,7 +16,7 @@ from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.products.first_order import first_gradient
 from mlodeco.calculus.products.own import live_if_needed
 from mlodeco.calculus.products.protocol import Cross
-from mlodeco.calculus.stateless import gradients, live
+from mlodeco.calculus.stateless import live
 from mlodeco.tree import Tree, add, fill, norm, restrict, scale
 
 
@@ -119,7 +119,7 @@ class Difference:
             for loss, _ in point.losses():
                 if not loss.requires_grad:
                     continue
-                for level, tree in gradients(loss, targets).items():
+                for level, tree in point.loss.gradients(loss, targets).items():
                     result[level] = add(result[level], tree, share)
             return result
 

@@ -11,7 +11,7 @@ from mlodeco.calculus.copies import stacked
 from mlodeco.calculus.point import LowerProblem
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.split import split_point
-from mlodeco.calculus.stateless import gradient, live
+from mlodeco.calculus.stateless import live
 from mlodeco.calculus.untouched import warn_of_untouched
 from mlodeco.tree import Tree, add, scale
 
@@ -52,7 +52,8 @@ def differentiate_once(problem: LowerProblem) -> FirstOrder:
             outcomes.append((point.unscaled(loss), metrics))
             if loss.requires_grad:
                 # the loss is scaled and not its gradient, as in an ordinary step: bit for bit
-                result = add(result, gradient(loss if share == 1.0 else loss * share, own))
+                part = loss if share == 1.0 else loss * share
+                result = add(result, point.loss.gradient(part, own))
         return result
 
     found = scale(point.loss.within(state, differentiate), 1.0 / point.scale)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mlodeco.errors import CheckpointError
+from mlodeco.runtime.fsdp import whole
 
 _SEQUENCES: Mapping[str, Callable[[list[Any]], Any]] = {
     kind.__name__: kind for kind in (tuple, set, frozenset, deque)
@@ -21,20 +21,6 @@ _SEQUENCES: Mapping[str, Callable[[list[Any]], Any]] = {
 _MAPPINGS: Mapping[str, Callable[[list[Any]], Any]] = {
     kind.__name__: kind for kind in (dict, OrderedDict)
 }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread over processes, which must all call this; others as is."""
-    found = tensor.detach()
-    return found.full_tensor() if isinstance(found, DTensor) else found
-
-
-def spread_like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor laid out over processes as another one is."""
-    if isinstance(other, DTensor) and not isinstance(value, DTensor):
-        placed = value.to(other.to_local().device)
-        return distribute_tensor(placed, other.device_mesh, other.placements)
-    return value
 
 
 def distinct(tensor: Tensor, storages: set[int]) -> Tensor:
@@ -130,7 +116,7 @@ class _Encoder:
             raise _refusal(f"{path} is a tensor of the layout {tensor.layout}")
         name = str(len(self.tensors))
         found: dict[str, Any] = {"name": name}
-        value = whole(tensor)
+        value = whole(tensor).detach()
         if value.device.type != "cpu":
             found["placed"] = True
         if value.is_complex():

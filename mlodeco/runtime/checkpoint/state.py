@@ -15,9 +15,10 @@ from mlodeco.calculus.response import Status
 from mlodeco.errors import CheckpointWarning, quoted
 from mlodeco.graph import Schedule
 from mlodeco.runtime.build import Build, BuiltLevel
-from mlodeco.runtime.checkpoint.encoding import distinct, encode, spread_like, whole
+from mlodeco.runtime.checkpoint.encoding import distinct, encode
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.fsdp import shard_of, whole
 from mlodeco.runtime.hooks import Hooks
 from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.recorder import Recorder
@@ -181,7 +182,7 @@ def _weights(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if known != name:
             aliases[name] = known
         elif name not in found:
-            found[name] = distinct(whole(tensor), storages)
+            found[name] = distinct(whole(tensor).detach(), storages)
     return found, aliases
 
 
@@ -194,7 +195,7 @@ def _write_weights(
 ) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(spread_like(saved[name], parameter))
+            parameter.copy_(shard_of(saved[name], parameter))
     for name, value in buffers.items():
         path, _, key = name.rpartition(".")
         holder = module.get_submodule(path)._buffers
