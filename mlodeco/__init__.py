@@ -12,6 +12,7 @@ from mlodeco.api import (
     run,
     solve,
     source,
+    track,
     update,
     validate,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "run",
     "solve",
     "source",
+    "track",
     "tree",
     "update",
     "validate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Protocol, TypeVar, overload
@@ -118,6 +119,7 @@ source: _Source = _of_current(Program.source)  # type: ignore[assignment]
 validate = _of_current(Program.validate)
 method = _of_current(Program.method)
 update = _of_current(Program.update)
+track = _of_current(Program.track)
 
 
 Takeover = Callable[[Callable[..., Result], dict[str, Any]], Result]
@@ -163,6 +165,11 @@ def run(
     tails: str = "drop",
     compile: bool | str = False,  # noqa: A002 (as torch names it)
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 3,
+    resume: str | os.PathLike[str] | None = None,
+    checkpoint_errors: str = "warn",
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -192,6 +199,15 @@ def run(
         mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
             ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
             default: that of the Accelerator, or of ``accelerate launch``.
+        out: a folder for ``metrics.jsonl`` and ``checkpoints``; a last one is written at the end.
+            SIGTERM and SIGINT then end the run between two ticks, behind a checkpoint.
+        checkpoint_every: ticks between two checkpoints.
+        keep: how many of the newest are kept, beside that of the best validation.
+        resume: ``"auto"`` goes on from the newest good checkpoint in ``out``, or begins if there
+            is none; or the folder of the checkpoint to go on from. ``steps`` then counts those
+            before it too.
+        checkpoint_errors: ``"warn"`` goes on where a checkpoint cannot be written, ``"raise"``
+            ends the run.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -199,6 +215,8 @@ def run(
     Raises:
         MlodecoError: the program cannot be run, which is found before anything changes; or a
             loss, gradient or batch of a step cannot be used, and the level is as before the step.
+        CheckpointError: a checkpoint is damaged, or of another program or version.
+        Preempted: a signal ended the run; the exit status of the process is 128 and its number.
     """
     check_steps(steps)
     display = make_display(progress)
@@ -211,10 +229,15 @@ def run(
         tails=tails,
         compile=compile,
         mixed_precision=mixed_precision,
+        out=out,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        resume=resume,
+        checkpoint_errors=checkpoint_errors,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)
-    return runner.run(steps)
+    return runner.run_to(steps)
 
 
 def hypergradient(

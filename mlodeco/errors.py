@@ -115,6 +115,27 @@ class RunError(MlodecoError):
     """A run was asked for that cannot be done."""
 
 
+class CheckpointError(MlodecoError):
+    """A checkpoint cannot be written, or cannot be used."""
+
+
+class Preempted(SystemExit):
+    """A run ended by SIGTERM or SIGINT, behind a last checkpoint; it leaves the process.
+
+    Args:
+        message: how to go on.
+        signum: the signal; the exit status is 128 more.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.message = message
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class MlodecoWarning(UserWarning):
     """Base of mlodeco's warnings."""
 
@@ -137,6 +158,10 @@ class SolverWarning(MlodecoWarning):
 
 class DriftWarning(MlodecoWarning):
     """The processes of a run no longer have the same parameters."""
+
+
+class CheckpointWarning(MlodecoWarning):
+    """A checkpoint was not written, or was passed over, or does not hold everything."""
 
 
 class RedeclarationWarning(MlodecoWarning):

@@ -143,13 +143,14 @@ OFFERS = {
     "epoch_end": {"ctx", "optimizer", "scheduler"},
     "loop_end": {"ctx", "optimizer", "scheduler"},
     "validate": {"ctx", "metrics"},
+    "checkpoint": {"ctx", "path"},
     "run_end": {"ctx", "history"},
     **{
         event: {"ctx", "optimizer", "scheduler", "batch", "grads", "loss", "metrics"}
         for event in ("hypergradient", "after_backward", "after_step")
     },
 }
-NAMES = ("ctx", "optimizer", "scheduler", "batch", "grads", "loss", "metrics", "history")
+NAMES = ("ctx", "optimizer", "scheduler", "batch", "grads", "loss", "metrics", "history", "path")
 
 
 def taking(*names):
@@ -162,12 +163,12 @@ def taking(*names):
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_each_event_offers_its_arguments(event):
+def test_each_event_offers_its_arguments(event, tmp_path):
     program = make()
     program.validate(lambda low: {"m": low.x.sum()})
     hook, seen = taking("low", "top", *sorted(OFFERS[event]))
     program.on(event)(hook)
-    result = run(program, 4)
+    result = run(program, 4, out=tmp_path)
     assert seen
     for offered in seen:
         assert offered["low"] is program.module("low")
@@ -175,6 +176,8 @@ def test_each_event_offers_its_arguments(event):
     last = seen[-1]
     if event == "run_end":
         assert last["history"] is result.history
+    if event == "checkpoint":
+        assert last["path"] == tmp_path / "checkpoints" / "000000004"
     if event == "validate":
         assert last["metrics"] == result.history.validations[-1].metrics
     if event in LEVEL_EVENTS:
@@ -258,7 +261,7 @@ def test_hooks_of_one_event_are_called_as_declared():
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_an_exception_says_where_it_was_raised(event):
+def test_an_exception_says_where_it_was_raised(event, tmp_path):
     program = make()
     program.validate(lambda low: {"m": low.x.sum()})
 
@@ -267,7 +270,7 @@ def test_an_exception_says_where_it_was_raised(event):
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine") as caught:
-        run(program, 4)
+        run(program, 4, out=tmp_path)
     (note,) = [n for n in caught.value.__notes__ if "raised in the hook" in n]
     assert event in note
     assert "test_hooks.py" in note

@@ -92,7 +92,7 @@ def test_libraries_stay_in_their_parts(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_declared_libraries_are_imported(path):
-    allowed = {"torch", "accelerate", "rich", "typer", *sys.stdlib_module_names}
+    allowed = {"torch", "accelerate", "rich", "safetensors", "typer", *sys.stdlib_module_names}
     assert libraries_imported(path) <= allowed
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 
@@ -68,6 +70,32 @@ class SavedRandomness(_SavedStreams):
         if self._numpy is not None:
             numpy_stream.restore(self._numpy)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The states in tensors and plain values."""
+        version, words, half = self._python
+        python = [version, torch.tensor(words), half]
+        return {
+            "torch": self._torch,
+            "cuda": self._cuda,
+            "python": python,
+            "numpy": self._numpy,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Takes the states of another moment, of another process perhaps.
+
+        Of CUDA those of the devices that there are here.
+        """
+        version, words, half = state["python"]
+        cuda, here = state["cuda"], torch.cuda.device_count() if state["cuda"] else 0
+        self._torch = state["torch"]
+        self._cuda = cuda[:here] if cuda and here else None
+        self._python = (version, tuple(words.tolist()), half)
+        self._numpy = state["numpy"]
+        if self._numpy is not None:
+            importlib.import_module("numpy")
+        return self
+
 
 class RecordedStreams(SavedRandomness):
     """The state of every stream, and of a function's own generators, before a step.
@@ -86,6 +114,17 @@ class RecordedStreams(SavedRandomness):
         super().restore()
         for generator, state in self._states:
             generator.set_state(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states in tensors and plain values."""
+        return {**super().state_dict(), "own": [state for _, state in self._states]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Takes the states of another moment; the generators stay those that were given."""
+        super().load_state_dict(state)
+        pairs = zip(self._states, state["own"], strict=True)
+        self._states = [(given, own) for (given, _), own in pairs]
+        return self
 
 
 def seed_streams(seed: int, generators: Sequence[torch.Generator] = ()) -> None:

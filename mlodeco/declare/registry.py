@@ -30,7 +30,7 @@ from mlodeco.declare.records import (
     ValidationDeclaration,
 )
 from mlodeco.declare.replicas import Replicas
-from mlodeco.declare.site import Site, locate
+from mlodeco.declare.site import Site, locate, locate_call
 from mlodeco.declare.sources import declare_source
 from mlodeco.declare.updates import declare_update
 from mlodeco.errors import (
@@ -55,6 +55,7 @@ Event = Literal[
     "epoch_end",
     "loop_end",
     "validate",
+    "checkpoint",
     "run_end",
 ]
 """The events of ``on``, in the order in which a tick fires them."""
@@ -62,7 +63,7 @@ Event = Literal[
 EVENTS: Final = get_args(Event)
 """The same at run time."""
 
-RUN_EVENTS: Final = ("run_start", "validate", "run_end")
+RUN_EVENTS: Final = ("run_start", "validate", "checkpoint", "run_end")
 """The events that belong to the run and not to a level."""
 
 LEVEL_OPTIONS: Final = (
@@ -109,6 +110,7 @@ class Registry:
         self.validations: list[ValidationDeclaration] = []
         self.methods: dict[str, MethodDeclaration] = {}
         self.updates: dict[str, UpdateDeclaration] = {}
+        self.tracked: dict[str, Any] = {}
         self.version = 0
         self.built: Any = None
         self._tokens: list[Token[Registry | None]] = []
@@ -307,6 +309,7 @@ class Registry:
         - ``epoch_end``: the step used the last batch of a pass over the data;
         - ``loop_end``: the inner loop is finished;
         - ``validate``: after each validation, with ``metrics``;
+        - ``checkpoint``: one was written, to the folder ``path``;
         - ``run_end``: once, after the last tick, with ``history``.
 
         ``grads`` are the ``.grad`` by parameter name and may be changed in place. Of a step that
@@ -504,6 +507,42 @@ class Registry:
 
         _refuse_bare("@update", level, "level", "@update('weights')")
         return decorate
+
+    def track(self, name: str, value: T) -> T:
+        """Registers an object whose state belongs to the program's checkpoints; returns it.
+
+        Its ``state_dict()`` is saved with each, and given to its ``load_state_dict()`` when a run
+        goes on. It may hold numbers, strings, bytes, tensors, NumPy arrays, and lists, tuples,
+        sets and dictionaries of these. Each process saves its own.
+
+        Args:
+            name: of the object, in the checkpoints.
+            value: the object.
+
+        Raises:
+            DeclarationError: it has no such methods, or the name is taken.
+        """
+        check = Checker("track", None, locate_call(str(name)))
+        if not isinstance(name, str) or not name:
+            raise check.error(
+                f"the name of a tracked object is {name!r}.",
+                expected="a non-empty string.",
+                remedy="write track('curriculum', curriculum).",
+            )
+        methods = ("state_dict", "load_state_dict")
+        if isinstance(value, type) or not all(callable(getattr(value, m, None)) for m in methods):
+            raise check.error(
+                f"the object {name!r} to track is a {type(value).__name__}.",
+                expected="an object with state_dict() and load_state_dict(state).",
+                remedy="give its class these two methods.",
+            )
+        if self.tracked.get(name, value) is not value:
+            raise check.error(
+                f"the program tracks another object under the name {name!r}.",
+                remedy="rename one of them.",
+            )
+        self.tracked[name] = value
+        return value
 
     def __repr__(self) -> str:
         parts = [

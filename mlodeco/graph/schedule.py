@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mlodeco.graph.structure import Graph
 
@@ -64,3 +65,12 @@ class Schedule:
         """Whether the level has finished an inner loop for some level above with this step."""
         inner = self._timings[level].inner_steps
         return any(self._since[u, level] == inner for u in self._graph.uppers(level))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return {"steps": self.steps, "since": self._since, "at_loop_start": self._at_loop_start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the counts of another schedule of the same program."""
+        self.steps, self._since = dict(state["steps"]), dict(state["since"])
+        self._at_loop_start = set(state["at_loop_start"])

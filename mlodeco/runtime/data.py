@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.binding import Role
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.errors import DataError, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
-from mlodeco.runtime.captured import captured_by
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
+from mlodeco.runtime.generators import (
+    find_generators,
+    preserved_generators,
+    read_generators,
+    write_generators,
+)
 from mlodeco.runtime.notes import noted
+from mlodeco.runtime.position import Pass
 
 
 class Cursor:
     """Iterates over a re-iterable without end.
 
+    Args:
+        source: the re-iterable.
+        where: names its place.
+        origin: holds what it was made from, whose generators of random numbers it draws from.
+
     Attributes:
         epoch: passes that had ended when the newest item was drawn.
     """
 
-    def __init__(self, source: Iterable[Any], where: Where) -> None:
+    def __init__(self, source: Iterable[Any], where: Where, origin: Any = None) -> None:
         self._source = source
         self._where = where
-        self._iterator: Iterator[Any] | None = None
-        self._drawn = 0
+        self._origin = origin
+        self._pass: Pass | None = None
         self.epoch = 0
 
     def advance(self) -> tuple[Any, bool]:
@@ -47,22 +53,61 @@ class Cursor:
         Raises:
             DataError: there are no items.
         """
-        if self._iterator is not None:
-            for item in self._iterator:
-                self._drawn += 1
+        if self._pass is not None:
+            for item in self._pass:
                 return item, self._is_last
-        unseen = self._iterator is not None and not self._is_last
-        self.epoch += int(self._iterator is not None)
-        self._iterator = iter(self._source)
-        self._drawn = 1
-        for item in self._iterator:
+        unseen = self._pass is not None and not self._is_last
+        self.epoch += int(self._pass is not None)
+        self._pass = Pass(self._source, self._origin)
+        for item in self._pass:
             return item, unseen or self._is_last
-        self._iterator = None
+        self._pass = None
         raise self._where.error(
             "the data are empty: they gave no batch.",
             "check the data set's size; with drop_last=True a DataLoader smaller than one "
             "batch is empty, and in several processes one smaller than a batch for each.",
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, and the generators that it draws from."""
+        return {
+            "epoch": self.epoch,
+            "pass": self._pass and self._pass.state_dict(),
+            "batch_size": getattr(self._source, "batch_size", None),
+            "generators": read_generators(find_generators(self._origin)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], then: int, now: int) -> None:
+        """Takes up the pass of that state; the global random numbers are moved.
+
+        Args:
+            state: the state.
+            then: how many processes there were.
+            now: how many there are; each goes on where all of them together stood.
+
+        Raises:
+            DataError: the data have fewer items than were drawn.
+        """
+        self.epoch = state["epoch"]
+        found = state["pass"]
+        try:
+            drawn = found and self._drawn(found["drawn"], state["batch_size"], then, now)
+            self._pass = found and Pass.resumed(self._source, self._origin, found, drawn)
+        except StopIteration:
+            raise self._where.error(
+                f"the data have fewer than the {found['drawn']} batches of a pass that had been "
+                "drawn when the checkpoint was written.",
+                "resume with the data that the run was begun with.",
+            ) from None
+        write_generators(find_generators(self._origin), state["generators"])
+
+    def _drawn(self, drawn: int, batch_size: int | None, then: int, now: int) -> int:
+        """The batches that are behind each process, rounded up."""
+        if then == now or not isinstance(self._source, DataLoader):
+            return drawn
+        present = self._source.batch_size
+        sizes = (batch_size, present) if batch_size and present else (1, 1)
+        return -(-drawn * then * sizes[0] // (now * sizes[1]))
 
     @property
     def finished(self) -> int:
@@ -73,7 +118,7 @@ class Cursor:
     def _is_last(self) -> bool:
         """Whether the newest item is known to be the last of its pass."""
         try:
-            return self._drawn == len(self._source)  # type: ignore[arg-type]
+            return self._pass is not None and self._pass.drawn == len(self._source)  # type: ignore[arg-type]
         except TypeError:
             return False
 
@@ -164,7 +209,7 @@ class Feed:
         else:
             sources = {"": data}
         self.cursors = {
-            key: Cursor(source if share is None else share(source), where)
+            key: Cursor(source if share is None else share(source), where, {0: value, 1: source})
             for key, value in sources.items()
             for where in (Where(site, level, key or None),)
             for source in (open_source(value, where),)
@@ -190,59 +235,21 @@ class Feed:
             return {key: item for key, (item, _) in drawn.items()}, ended
         return (drawn[""][0] if drawn else None), ended
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the cursors stand."""
+        return {key: cursor.state_dict() for key, cursor in self.cursors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], then: int, now: int) -> None:
+        """Takes up the passes of that state, of ``then`` processes; random numbers are moved."""
+        for key, cursor in self.cursors.items():
+            cursor.load_state_dict(state[key], then, now)
+
 
 def peek(declaration: LevelDeclaration, count: int) -> tuple[Any, ...]:
     """The first ``count`` batches of fresh iterators; loaders and random numbers are restored."""
     with preserved_randomness(), preserved_generators(declaration.data):
         feed = Feed(declaration)
         return tuple(feed.advance()[0] for _ in range(count))
-
-
-@contextmanager
-def preserved_generators(data: Any) -> Iterator[None]:
-    """Restores the generators of loaders, of their samplers and of functions on leaving."""
-    undo: list[Callable[[], object]] = []
-    pending = [data]
-    seen: set[int] = set()
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        restore = _restoring(value)
-        if restore is not None:
-            undo.append(restore)
-        elif isinstance(value, dict) or (value is data and isinstance(value, Mapping)):
-            pending.extend(value.values())
-        elif isinstance(value, partial | FunctionType | MethodType):
-            pending.extend(captured_by(value))
-        elif not isinstance(value, ModuleType | type):
-            pending.extend(_generators_of(value))
-    try:
-        yield
-    finally:
-        for restore in undo:
-            restore()
-
-
-def _restoring(value: Any) -> Callable[[], object] | None:
-    """What puts a generator of random numbers back to its present state."""
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return partial(value.setstate, value.getstate())
-    if type(value).__module__.startswith("numpy.random"):
-        bits = getattr(value, "bit_generator", getattr(value, "_bit_generator", value))
-        if hasattr(bits, "random_raw"):
-            return partial(setattr, bits, "state", bits.state)
-    return None
-
-
-def _generators_of(value: Any) -> list[Any]:
-    """Generators and samplers among the attributes; properties are not looked into."""
-    names = ("sampler", "batch_sampler")
-    attributes = vars(value) if hasattr(value, "__dict__") else {}
-    return [v for n, v in attributes.items() if n in names or _restoring(v) is not None]
 
 
 def items_for(level: BuiltLevel, drawn: Drawn, ctx: Context) -> dict[str, Any]:

@@ -46,6 +46,12 @@ def _shard(value: Tensor, like: Any) -> Tensor:
     return value
 
 
+def shard_of(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor laid out as a sharded one of its shape is; another one as it is."""
+    is_one = is_shard(like) and value.shape == like.shape
+    return shard_like({"": value.to(like.device)}, {"": like})[""] if is_one else value
+
+
 def is_unit(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on a module."""
     known = sys.modules.get("torch.distributed.fsdp")

@@ -23,6 +23,7 @@ _OFFERS: Mapping[str, tuple[str, ...]] = {
     "epoch_end": _OF_LEVEL,
     "loop_end": _OF_LEVEL,
     "validate": ("ctx", "metrics"),
+    "checkpoint": ("ctx", "path"),
     "run_end": ("ctx", "history"),
 }
 
@@ -97,6 +98,19 @@ class Hooks:
             except Exception as error:
                 error.add_note(f"raised in {describe_hook(declaration)} ({declaration.site})")
                 raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often each was due to be called, by event."""
+        events = self._by_event.items()
+        return {event: [hook.counts for hook in hooks] for event, hooks in events}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on counting; hooks that have been added or taken away count anew."""
+        for event, hooks in self._by_event.items():
+            known = state.get(event, [])
+            if len(known) == len(hooks):
+                for hook, counts in zip(hooks, known, strict=True):
+                    hook.counts = dict(counts)
 
 
 def bind_validation(declaration: ValidationDeclaration, levels: Iterable[str]) -> tuple[str, ...]:

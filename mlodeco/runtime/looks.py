@@ -12,7 +12,7 @@ from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.binding import BoundSource
 from mlodeco.errors import RunError
 from mlodeco.runtime.build import Build, BuiltLevel
-from mlodeco.runtime.data import preserved_generators
+from mlodeco.runtime.generators import preserved_generators
 from mlodeco.runtime.modules import preserved_buffers
 from mlodeco.runtime.sources import Items, Stream
 

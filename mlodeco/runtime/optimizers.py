@@ -16,7 +16,7 @@ from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.update import Update
 from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
-from mlodeco.runtime.fsdp import whole_tree
+from mlodeco.runtime.fsdp import shard_of, whole_tree
 from mlodeco.runtime.notes import noted
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
@@ -205,6 +205,39 @@ def read_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, A
     """What an optimizer keeps for each parameter, by name; the tensors are its own."""
     names = {id(parameter): name for name, parameter in level.parameters.items()}
     return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+
+
+def save_optimizer(optimizer: Optimizer, rank: int) -> dict[str, Any]:
+    """The whole state of an optimizer, of one that is divided in the first process alone."""
+    divided: Any = optimizer
+    if is_divided(optimizer):
+        divided.consolidate_state_dict(to=0)
+    return optimizer.state_dict() if rank == 0 or not is_divided(optimizer) else {}
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Gives an optimizer a whole state; tensors keep the dtypes that they had.
+
+    ``load_state_dict`` alone converts them to those of the parameters.
+    """
+    ids = [one for group in state["param_groups"] for one in group["params"]]
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {
+        number: {
+            name: shard_of(value, parameter) if isinstance(value, Tensor) else value
+            for name, value in state["state"][number].items()
+        }
+        for number, parameter in zip(ids, members, strict=True)
+        if number in state["state"]
+    }
+    # a copy: a divided one takes its part, and forgets the rest of what it is given
+    optimizer.load_state_dict({**state, "state": dict(known)})
+    for number, parameter in zip(ids, members, strict=True):
+        present = optimizer.state.get(parameter) or {}
+        for name, value in known.get(number, {}).items():
+            loaded = present.get(name)
+            if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                present[name] = value.to(loaded.device)
 
 
 def fresh_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:

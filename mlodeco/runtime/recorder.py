@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlodeco.calculus.mean import Mean
+from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.point import Point
 from mlodeco.calculus.products import Compiler, Reverse
 from mlodeco.calculus.randomness import RecordedStreams
@@ -16,6 +19,8 @@ from mlodeco.calculus.rest import Rest
 from mlodeco.calculus.rule import Rule
 from mlodeco.calculus.slots import Place
 from mlodeco.calculus.tape import Recording, Tape, TapeStep
+from mlodeco.calculus.update import Iterate
+from mlodeco.declare.binding import Role
 from mlodeco.runtime.build import Build
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
@@ -122,20 +127,13 @@ class Recorder:
         others = {seen: self._values.of(seen) for seen in level.seen if seen != level.name}
         copies = copies_of(self._built, level)
         streams = RecordedStreams(((muted.generator, generator),)) if seed is None else None
-        point = Point(
-            loss=level.loss,
+        point = self._point(
             values=others,
             batches=items_of(level, batches, muted, copies),
             seed=seed or 0,
-            generators=(muted.generator,),
-            decisions=level.decisions,
-            next_update=lambda: (self._trainer.read_update(), {}),
+            muted=muted,
             streams=streams,
             buffers=self._buffers(),
-            copies=copies,
-            mean=self._mean,
-            compiler=self._compiler,
-            scale=self._trainer.own_scale,
         )
         before = self._trainer.iterate() if self._keeps_iterate else None
         self._pending = TapeStep(point, self._trainer.read_update(), before)
@@ -198,6 +196,110 @@ class Recorder:
         start = max(begin, first, self._started_at or 0)
         initial = self._level.origins if is_whole and start == self._started_at else {}
         return Tape(self._level.name, tuple(self._steps[start - first :]), initial)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that a tape may still hold, and where the loops of the levels above stand.
+
+        Graphs of gradients are left out, which are made anew where they are wanted.
+        """
+        is_over = (
+            self._ended == self._marks.keys() and not self._built.graph.lower[self._level.name]
+        )
+        return {
+            "steps": [] if is_over else [self._saved(step) for step in self._steps],
+            "count": self._count,
+            "marks": self._marks,
+            "ended": self._ended,
+            "started_at": self._started_at,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], muted: Context) -> None:
+        """Goes on from that state.
+
+        Args:
+            state: the state.
+            muted: what the level's function is given when its steps are looked at again.
+        """
+        self._steps = [self._loaded(step, muted) for step in state["steps"]]
+        self._count, self._started_at = state["count"], state["started_at"]
+        self._marks, self._ended = dict(state["marks"]), set(state["ended"])
+
+    def _saved(self, step: TapeStep) -> dict[str, Any]:
+        point, before = step.point, step.before
+        is_skipped = isinstance(step.update, Rest)
+        update = step.update.update if isinstance(step.update, Rest) else step.update
+        contexts = {a.name for a in self._level.binding.of(Role.CONTEXT)}
+        given = [value for items in point.batches for n, value in items.items() if n in contexts]
+        batches = [
+            {n: value for n, value in items.items() if n not in contexts} for items in point.batches
+        ]
+        drawn = update.streams if isinstance(update, Rule) else None
+        return {
+            "moment": [given[0].tick, given[0].step, given[0].epoch] if given else None,
+            "values": {level: dict(tree) for level, tree in point.values.items()},
+            "batches": batches,
+            "seed": point.seed,
+            "scale": point.scale,
+            "is_skipped": is_skipped,
+            "streams": point.streams and point.streams.state_dict(),
+            "buffers": list(point.buffers.values()),
+            "groups": [[g.keys, dict(g.options)] for g in getattr(update, "groups", ())],
+            "rule_streams": drawn and drawn.state_dict(),
+            "before": before and [before.parameters, dict(before.state)],
+            "gradient": step.gradient,
+        }
+
+    def _loaded(self, state: Mapping[str, Any], muted: Context) -> TapeStep:
+        ctx = copy.copy(muted)
+        ctx.generator = torch.Generator(device=ctx.device)
+        ctx.tick, ctx.step, ctx.epoch = state["moment"] or (muted.tick, muted.step, muted.epoch)
+        contexts = {a.name: ctx for a in self._level.binding.of(Role.CONTEXT)}
+        streams = state["streams"] and RecordedStreams(((ctx.generator, ctx.generator),))
+        point = self._point(
+            values=state["values"],
+            batches=tuple({**items, **contexts} for items in state["batches"]),
+            seed=state["seed"],
+            muted=ctx,
+            streams=streams and streams.load_state_dict(state["streams"]),
+            buffers=dict(zip(self._buffers(), state["buffers"], strict=True)),
+        )
+        update = self._trainer.read_update()
+        point = replace(point, scale=state["scale"])
+        if isinstance(update, OptimizerStep):
+            groups = tuple(Group(keys, options) for keys, options in state["groups"])
+            update = replace(update, groups=groups)
+        elif isinstance(update, Rule) and state["rule_streams"] is not None:
+            drawn = RecordedStreams().load_state_dict(state["rule_streams"])
+            update = replace(update, streams=drawn)
+        update = Rest(update) if state["is_skipped"] else update
+        before = state["before"] and Iterate(*state["before"])
+        return TapeStep(point, update, before, state["gradient"])
+
+    def _point(
+        self,
+        *,
+        values: Mapping[str, Tree],
+        batches: tuple[Mapping[str, Any], ...],
+        seed: int,
+        muted: Context,
+        streams: RecordedStreams | None,
+        buffers: Mapping[Place, Tensor],
+    ) -> Point:
+        return Point(
+            loss=self._level.loss,
+            values=values,
+            batches=batches,
+            seed=seed,
+            generators=(muted.generator,),
+            decisions=self._level.decisions,
+            next_update=lambda: (self._trainer.read_update(), {}),
+            streams=streams,
+            buffers=buffers,
+            copies=copies_of(self._built, self._level),
+            mean=self._mean,
+            compiler=self._compiler,
+            scale=self._trainer.own_scale,
+        )
 
     @property
     def point(self) -> Point:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from signal import Signals as Signal
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +32,7 @@ from mlodeco.errors import (
     MlodecoError,
     MlodecoWarning,
     NonFiniteError,
+    Preempted,
     RunError,
     counted,
     quoted,
@@ -35,6 +40,11 @@ from mlodeco.errors import (
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, BuiltLevel, build
+from mlodeco.runtime.checkpoint.folder import Contents, write
+from mlodeco.runtime.checkpoint.journal import Journal
+from mlodeco.runtime.checkpoint.output import Output, Saving
+from mlodeco.runtime.checkpoint.state import Owners
+from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
 from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
@@ -84,12 +94,16 @@ from mlodeco.tree import is_shard
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation of the metric that is monitored."""
+    """The best validation of the metric that is monitored.
+
+    ``path`` is the folder of its checkpoint; None for a run without ``out``.
+    """
 
     tick: int
     metric: str
     value: float
     metrics: dict[str, float]
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +115,14 @@ class Result:
         best: the best validation; None if nothing is monitored.
         stop_reason: why it ended.
         ticks: ticks run, over all calls of ``run`` of this runner.
+        directory: the folder of the run; None for one without ``out``.
     """
 
     history: History
     best: Best | None
     stop_reason: str
     ticks: int
+    directory: Path | None = None
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -150,6 +166,13 @@ class Runner:
         mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
             ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
             default: that of the Accelerator, or of ``accelerate launch``.
+        out: a folder for metrics and checkpoints.
+        checkpoint_every: ticks between two checkpoints.
+        keep: how many of the newest are kept.
+        resume: ``"auto"`` to go on from the newest good checkpoint in ``out``, or the folder of
+            one to go on from.
+        checkpoint_errors: ``"warn"`` to go on where a checkpoint cannot be written, or
+            ``"raise"``.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -166,7 +189,14 @@ class Runner:
         tails: str = "drop",
         compile: bool | str = False,  # noqa: A002 (as torch names it)
         mixed_precision: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        keep: int = 3,
+        resume: str | os.PathLike[str] | None = None,
+        checkpoint_errors: str = "warn",
     ) -> None:
+        saving = Saving(out, checkpoint_every, keep, resume, checkpoint_errors)
+        saving.check()
         registry = program if program is not None else current_registry()
         if not isinstance(registry, Registry):
             raise RunError(f"program={program!r} is not a Program.", remedy="pass a Program.")
@@ -184,6 +214,11 @@ class Runner:
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
         self._asked: dict[str, bool] = {}
+        self._is_between_ticks = True
+        self._is_resumed = False
+        self._last_tick: int | None = None
+        self._signum: int | None = None
+        self._saved_at: tuple[int, int] | None = None
         self._accelerator = make_accelerator(accelerator)
         self._precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
@@ -194,16 +229,18 @@ class Runner:
             self._accelerator.device,
         )
         with self._processes.ended_together(), _quiet(self._processes):
-            self._begin(registry, seed)
+            self._begin(registry, seed, saving)
 
-    def _begin(self, registry: Registry, seed: int | None) -> None:
-        """Seeds and builds; if that fails, random numbers are as before."""
+    def _begin(self, registry: Registry, seed: int | None, saving: Saving) -> None:
+        """Seeds, builds and resumes; if that fails, random numbers are as before."""
         before = SavedRandomness()
         try:
             if seed is not None:
                 # processes differ, in dropout for instance; what must not is taken from the first
                 seed_all(seed, by_process=self._processes.count > 1)
             self._set_up(registry, seed)
+            self._output = None if saving.out is None else Output(saving, self._processes)
+            self._resume(saving)
         except BaseException:
             before.restore()
             raise
@@ -247,6 +284,20 @@ class Runner:
             # small numbers: a stream on a CPU is seeded by the lowest 32 bits
             own = self._run_seed + number + 1_000_003 * processes.rank
             generator.manual_seed(own % 2**63)
+        self._journal = Journal(self.history)
+        self._owners = Owners(
+            built=self.built,
+            trainers=self._trainers,
+            recorders=self._recorders,
+            sources=self._sources,
+            validations=self._validations,
+            hooks=self._hooks,
+            schedule=self._schedule,
+            generators=self._generators,
+            tracked=registry.tracked,
+            make_context=self._muted,
+            processes=processes,
+        )
 
     def _has_half(self, name: str) -> bool:
         """Whether a pass of a level's own steps is in float16."""
@@ -362,42 +413,107 @@ class Runner:
 
         Raises:
             RunError: ``steps`` is not a positive integer.
+            Preempted: SIGTERM or SIGINT ended a run that has a folder, behind a checkpoint.
         """
         check_steps(steps)
-        with self._processes.ended_together(), _quiet(self._processes):
-            return self._run(steps)
+        if self._stop_reason is not None:
+            self._is_resumed = False
+        return self._run_to(self.tick + steps, steps)
 
-    def _run(self, steps: int) -> Result:
-        self._stop_reason = None
-        for validation in self._validations:
-            validation.without_best = 0
+    def run_to(self, tick: int) -> Result:
+        """Runs until so many ticks have been run in all, those before a checkpoint included.
+
+        A run that was resumed where it had come to an end stays there.
+
+        Raises:
+            RunError: ``tick`` is not a positive integer.
+            Preempted: as for :meth:`run`.
+        """
+        check_steps(tick)
+        return self._run_to(tick, tick)
+
+    def _run_to(self, last: int, steps: int) -> Result:
+        signals = nullcontext() if self._output is None else self._output.signals
+        with signals, self._processes.ended_together(), _quiet(self._processes):
+            result = self._run(last, steps)
+        self._leave_if_asked(result)
+        return result
+
+    def _run(self, last: int, steps: int) -> Result:
+        if not self._is_resumed:
+            self._stop_reason = None
+            for validation in self._validations:
+                validation.without_best = 0
+        self._is_resumed, self._signum = False, None
+        self._last_tick = last
         try:
             for listener in self.listeners:
-                listener.on_start(self, steps)
+                listener.on_start(self, max(last - self.tick, 0))
             self._fire_run("run_start")
             self._agree_on_end()
-            last = self.tick + steps
-            while self.tick < last and self._stop_reason is None:
+            while self.tick < last and not self._is_ending:
                 self.step()
-            final = tuple(self._validate(final=True))
-            self._compare_notes()
-            if final:
-                self._tell(Tick(self.tick, (), final))
+            if self._signum is None:
+                self._finish()
+            if self._output is not None:
+                self._save(self._output)
             result = Result(
                 self.history,
                 self._best,
-                self._stop_reason or f"all {steps} steps were run{self._never_stepped()}",
+                self._reason(steps),
                 self.tick,
+                None if self._output is None else self._output.path,
             )
-            self._fire_run("run_end", history=self.history)
-            self._agree_on_end()
+            if self._signum is None:
+                self._fire_run("run_end", history=self.history)
+                self._agree_on_end()
         except BaseException:
             for listener in self.listeners:
                 listener.on_error()
             raise
+        finally:
+            self._last_tick = None
+            if self._output is not None and self._is_between_ticks:
+                self._output.record(self._journal, at_once=True)
         for listener in self.listeners:
             listener.on_end(result)
         return result
+
+    def _finish(self) -> None:
+        """What comes behind the last tick."""
+        final = tuple(self._validate(final=True))
+        self._compare_notes()
+        if final:
+            self._tell(Tick(self.tick, (), final))
+
+    def _reason(self, steps: int) -> str:
+        """Why the run ended."""
+        if self._signum is not None:
+            return f"{Signal(self._signum).name} was received"
+        return self._stop_reason or f"all {steps} steps were run{self._never_stepped()}"
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._stop_reason is not None or self._signum is not None
+
+    def _leave_if_asked(self, result: Result) -> None:
+        """Leaves the process if a signal has ended the run, or has come too late for that.
+
+        Raises:
+            Preempted: one has.
+        """
+        if self._output is None:
+            return
+        signum = self._signum or self._output.signals.received
+        if signum is not None:
+            message = (
+                f"mlodeco: {Signal(signum).name} ended the run at tick {result.ticks}; go on with "
+                f"run(..., out={str(self._output.path)!r}, resume='auto') "
+                f"(checkpoint: {self._output.newest or 'none could be written'})"
+            )
+            if self.is_main:
+                print(message, file=sys.stderr, flush=True)
+            raise Preempted(message, signum)
 
     def step(self) -> Tick:
         """One tick: levels without lower levels step, then those whose turn has come.
@@ -415,6 +531,7 @@ class Runner:
 
     def _step(self) -> Tick:
         self._take_over()
+        self._is_between_ticks = False
         for name in self.built.graph.order:
             if name not in self._asked:
                 turned = self._take_turn(name)
@@ -424,15 +541,117 @@ class Runner:
         steps, self._steps, self._asked = tuple(self._steps), [], {}
         tick = Tick(self.tick, steps, tuple(self._validate()))
         self._agree_on_end()
+        self._is_between_ticks = True
         self._tell(tick)
+        self._save_if_due()
         return tick
 
     def _agree_on_end(self) -> None:
         """Stops all processes where one has a reason to, for that of the first that has."""
-        if self._processes.count > 1:
-            first = self._processes.first_with(self._stop_reason is not None)
-            if first is not None:
-                self._stop_reason = self._processes.exchange(self._stop_reason)[first]
+        signum = None if self._output is None else self._output.signals.received
+        own = self._stop_reason, signum
+        if self._processes.first_with(own != (None, None)) is not None:
+            found = self._processes.exchange(own)
+            self._stop_reason = next((reason for reason, _ in found if reason is not None), None)
+            self._signum = next((number for _, number in found if number is not None), None)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a checkpoint, from which :meth:`load` goes on to the bit.
+
+        Of several processes all must call it. A checkpoint that is there is replaced.
+
+        Args:
+            path: a folder for it.
+
+        Returns:
+            The folder.
+
+        Raises:
+            RunError: a tick is not finished: a hook has called this, or a step has failed.
+            CheckpointError: it cannot be written, or the state holds what it cannot hold.
+        """
+        folder = Path(path).absolute()
+        with self._processes.ended_together(), _quiet(self._processes):
+            write(folder, self._contents(), self._processes)
+        return folder
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on from a checkpoint of the same program, of any number of processes.
+
+        Args:
+            path: its folder.
+
+        Raises:
+            CheckpointError: it is damaged, or belongs to another program or version.
+        """
+        with self._processes.ended_together(), _quiet(self._processes):
+            self._load(Path(path).absolute())
+
+    def _load(self, path: Path) -> None:
+        progress = load(self._owners, self._journal, path, self._accelerator.device)
+        with refused(path):
+            self._best = None if progress.best is None else Best(**progress.best)
+        self.tick, self._run_seed = progress.tick, progress.run_seed
+        self._stop_reason, self._is_resumed = progress.stop_reason, True
+        self._steps, self._asked, self._is_between_ticks = [], {}, True
+        if self._best is not None and self._output is not None:
+            self._best = replace(self._best, path=self._output.best(self._best.tick))
+
+    def _resume(self, saving: Saving) -> None:
+        """Goes on from a checkpoint if that was asked for, and makes the run's folder ready."""
+        resumed = None
+        if saving.resume is not None and saving.resume != "auto":
+            resumed = Path(saving.resume).absolute()
+            self._load(resumed)
+        if self._output is None:
+            return
+        if saving.resume == "auto":
+            resumed = load_newest(self._output.candidates(), self._load)
+        best = None if self._best is None else self._best.path
+        self._output.begin(self._journal, resumed, best)
+        self._owners.check()
+
+    def _contents(self) -> Contents:
+        """Everything that decides how the run goes on.
+
+        Raises:
+            RunError: a tick is not finished.
+            CheckpointError: it holds what a checkpoint cannot.
+        """
+        if not self._is_between_ticks:
+            raise RunError(
+                "a checkpoint was asked for in the middle of a tick.",
+                remedy="save between two calls of step(), or run(out=..., checkpoint_every=...).",
+            )
+        self._journal.update()
+        best = None if self._best is None else asdict(replace(self._best, path=None))
+        progress = Progress(self.tick, self._run_seed, self._stop_reason, best)
+        return collect(self._owners, progress, self._journal.text())
+
+    def _save_if_due(self) -> None:
+        """Writes the checkpoint of a tick; a run writes that of its last tick at its end."""
+        is_last = self._last_tick is not None and (self.tick >= self._last_tick or self._is_ending)
+        if self._output is not None and not is_last:
+            self._save(self._output, is_due=self._output.is_due(self.tick))
+
+    def _save(self, output: Output, *, is_due: bool = True) -> None:
+        """Writes the checkpoints that are due, those that are there already left out."""
+        if self._best is not None and self._best.tick == self.tick and self._best.path is None:
+            path = output.save_best(self.tick, self._contents)
+            self._best = replace(self._best, path=path)
+            self._announce(path)
+        self._journal.update()
+        stands = self.tick, len(self._journal)
+        if is_due and stands != self._saved_at:
+            output.record(self._journal, at_once=True)
+            path = output.save(self.tick, self._contents)
+            self._saved_at = None if path is None else stands
+            self._announce(path)
+
+    def _announce(self, path: Path | None) -> None:
+        if path is not None and self._hooks.wants("checkpoint"):
+            self._fire_run("checkpoint", path=path)
+            self._agree_on_end()
 
     def _take_over(self) -> None:
         """Makes the program's tick, seed, precision and optimizers those of this run."""
@@ -444,6 +663,8 @@ class Runner:
             level.rule_state = trainer.rule_state
 
     def _tell(self, tick: Tick) -> None:
+        if self._output is not None:
+            self._output.record(self._journal, at_once=self._last_tick is None)
         for listener in self.listeners:
             listener.on_tick(tick)
 

@@ -15,7 +15,9 @@ from mlodeco.errors import DataError, MlodecoError
 from mlodeco.graph import Graph
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.data import Placer
+from mlodeco.runtime.generators import find_generators, read_generators, write_generators
 from mlodeco.runtime.modules import preserved_modes
+from mlodeco.runtime.position import Pass, keeps_its_state
 
 _END = object()
 
@@ -78,9 +80,35 @@ class Stream:
             if not hasattr(type(made), "__next__"):
                 raise _made_no_iterator(self._declaration, made)
         else:
-            made = value if self._declaration.is_one_shot else iter(value)
+            made = value if self._declaration.is_one_shot else Pass(value, value)
         iterator: Iterator[Any] = made
         return iterator
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether another process can go on with its items where this one stands."""
+        if self._declaration.is_one_shot:
+            return keeps_its_state(self._declaration.value)
+        return not self._declaration.is_function
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands; nothing of a stream that cannot resume."""
+        value, is_one_shot = self._declaration.value, self._declaration.is_one_shot
+        return {
+            "returned": self._returned,
+            "pass": self._iterator.state_dict() if isinstance(self._iterator, Pass) else None,
+            "kept": value.state_dict() if self.can_resume and is_one_shot else None,
+            "generators": read_generators(find_generators(value)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from that state; the global random numbers are moved."""
+        value, found = self._declaration.value, state["pass"]
+        self._returned = list(state["returned"])
+        self._iterator = Pass.resumed(value, value, found, found["drawn"]) if found else None
+        if state["kept"] is not None:
+            value.load_state_dict(state["kept"])
+        write_generators(find_generators(value), state["generators"])
 
 
 class Sources:
@@ -135,6 +163,25 @@ class Sources:
             waits_for.discard(level)
             if not waits_for:
                 self._current.pop(name, None)
+
+    @property
+    def without_position(self) -> tuple[str, ...]:
+        """The sources that another process begins anew."""
+        return tuple(name for name, stream in self._streams.items() if not stream.can_resume)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand, and the items that are kept."""
+        return {
+            "streams": {name: stream.state_dict() for name, stream in self._streams.items()},
+            "current": self._current,
+            "waits_for": self._waits_for,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from that state; the global random numbers are moved."""
+        for name, stream in self._streams.items():
+            stream.load_state_dict(state["streams"][name])
+        self._current, self._waits_for = dict(state["current"]), dict(state["waits_for"])
 
 
 def highest_of(graph: Graph, levels: tuple[str, ...]) -> tuple[str, ...]:

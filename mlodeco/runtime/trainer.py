@@ -28,15 +28,17 @@ from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, Share, items_for
 from mlodeco.runtime.drawn import Drawn
-from mlodeco.runtime.fsdp import rest
+from mlodeco.runtime.fsdp import rest, shard_like
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.optimizers import (
     fresh_state,
     is_divided,
+    load_optimizer,
     make_optimizer,
     make_scheduler,
     read_state,
     read_step,
+    save_optimizer,
 )
 from mlodeco.runtime.overlap import Passes
 from mlodeco.runtime.processes import Processes
@@ -107,6 +109,52 @@ class Trainer:
     def rule_state(self, state: Mapping[str, Any]) -> None:
         # for hypergradients too, which know the level alone
         self._rule_state = self.level.rule_state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """How the level's updates stand: the same in all processes."""
+        return {
+            "optimizer": self.optimizer and save_optimizer(self.optimizer, self._processes.rank),
+            "scheduler": self.scheduler and self.scheduler.state_dict(),
+            "rule": dict(self._rule_state),
+            "scale": self.scale and self.scale.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up the updates of that state."""
+        if self.optimizer is not None:
+            load_optimizer(self.optimizer, state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.rule_state = state["rule"]
+        if self.scale is not None and state["scale"] is not None:
+            self.scale.load_state_dict(state["scale"])
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """What this process alone knows: its data, and what the next step looks back at."""
+        rolls_back = self.level.declaration.rollback
+        return {
+            "feed": self._feed.state_dict(),
+            "step_seed": self.step_seed,
+            "memories": {key: dict(memory) for key, memory in self.memories.items()},
+            "last": self._last_hypergradient,
+            "snapshot": self._snapshot and self._snapshot.state_dict(),
+            "streams": self._before_last_step.state_dict() if rolls_back else None,
+            "generator": self._generator_before,
+        }
+
+    def load_own_state_dict(self, state: Mapping[str, Any], then: int) -> None:
+        """Goes on from that state, of ``then`` processes; the global random numbers are moved."""
+        self._feed.load_state_dict(state["feed"], then, self._processes.count)
+        self.step_seed, self.memories = state["step_seed"], state["memories"]
+        last, size = state["last"]
+        self._last_hypergradient = shard_like(last, self.level.parameters), size
+        self._snapshot = None
+        if state["snapshot"] is not None:
+            self._snapshot = _Snapshot(self)
+            self._snapshot.load_state_dict(state["snapshot"])
+        if state["streams"] is not None:
+            self._before_last_step.load_state_dict(state["streams"])
+        self._generator_before = state["generator"]
 
     @property
     def epoch(self) -> int:
@@ -468,6 +516,16 @@ class _SavedBuffers:
             if (slot.child in level.own_children) == own
         ]
 
+    @property
+    def values(self) -> list[Tensor]:
+        """The values that are kept."""
+        return [value for *_, value in self._saved]
+
+    def replace(self, values: Sequence[Tensor]) -> None:
+        """Keeps other values."""
+        pairs = zip(self._saved, values, strict=True)
+        self._saved = [(slot, tensor, value) for (slot, tensor, _), value in pairs]
+
     def restore(self) -> None:
         """Puts back values, and the tensors themselves where a module assigned new ones."""
         with torch.no_grad():
@@ -498,3 +556,21 @@ class _Snapshot:
             trainer.optimizer.load_state_dict(self._optimizer)
         if trainer.scheduler is not None and self._scheduler is not None:
             trainer.scheduler.load_state_dict(self._scheduler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, in tensors and plain values."""
+        return {
+            "parameters": [saved for _, saved in self._parameters],
+            "buffers": self._buffers.values,
+            "optimizer": self._optimizer,
+            "rule": dict(self._rule_state),
+            "scheduler": self._scheduler,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keeps what another moment had."""
+        pairs = zip(self._parameters, state["parameters"], strict=True)
+        self._parameters = [(parameter, saved) for (parameter, _), saved in pairs]
+        self._buffers.replace(state["buffers"])
+        self._optimizer, self._scheduler = state["optimizer"], state["scheduler"]
+        self._rule_state = state["rule"]

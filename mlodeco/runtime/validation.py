@@ -16,8 +16,9 @@ from mlodeco.declare.records import ValidationDeclaration
 from mlodeco.errors import DataError, LossError, counted, did_you_mean, quoted
 from mlodeco.runtime.build import Build
 from mlodeco.runtime.context import Context
-from mlodeco.runtime.data import Placer, Where, count_samples, open_source, preserved_generators
+from mlodeco.runtime.data import Placer, Where, count_samples, open_source
 from mlodeco.runtime.fsdp import gathered
+from mlodeco.runtime.generators import preserved_generators
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.hooks import bind_validation, describe_validation
 from mlodeco.runtime.modules import preserved_modes
@@ -164,6 +165,16 @@ class Validation:
             return True
         self.without_best += 1
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it compares with."""
+        names = ("last_tick", "best", "without_best")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from that state."""
+        self.last_tick, self.best = state["last_tick"], state["best"]
+        self.without_best = state["without_best"]
 
     @property
     def is_exhausted(self) -> bool:
