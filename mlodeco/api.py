@@ -163,6 +163,7 @@ def run(
     tails: str = "drop",
     compile: bool | str = False,  # noqa: A002 (as torch names it)
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
+    nonfinite: Literal["raise", "skip", "warn"] = "raise",
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -192,6 +193,10 @@ def run(
         mixed_precision: ``"bf16"`` or ``"fp16"`` runs the functions of levels without a
             ``precision`` of their own, and validations, under autocast, ``"no"`` does not;
             default: that of the Accelerator, or of ``accelerate launch``.
+        nonfinite: what becomes of a step whose loss, cotangent, solve or gradient is not finite:
+            ``"raise"`` ends the run before it; ``"skip"`` leaves it out, and ends the run after
+            100 in a row; ``"warn"`` takes it, where a solve failed with a hypergradient of NaN.
+            Warns once a level and cause. Overflows in float16 are skipped in any case.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -211,6 +216,7 @@ def run(
         tails=tails,
         compile=compile,
         mixed_precision=mixed_precision,
+        nonfinite=nonfinite,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)
