@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.optim import SGD
 
-import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.errors import NonFiniteError, NonFiniteWarning, RunError, SolverWarning
 from mlodeco.hypergrad import CG, Neumann
@@ -76,7 +75,7 @@ def test_a_skipped_step_changes_nothing(name, at):
     assert skipped == told == [(at, 4 if at == "top" else 3)]
     assert result.skipped == {at: 1}
     assert f"skipped, since not finite: 1 step of {at!r}" in result.stop_reason
-    assert len(caught) == 1
+    assert sum(w.category is NonFiniteWarning for w in caught) == 1
     state = program.module("top").state_dict() | program.module("low").state_dict()
     assert all(bool(t.isfinite().all()) for t in state.values())
 
@@ -108,13 +107,12 @@ def alone_in_single(factors):
 @pytest.mark.parametrize("name", ["unroll", "kept graphs", "kept seldom", "unroll_forward"])
 def test_a_skipped_step_of_an_unrolled_loop_moves_nothing(name):
     """The hypergradient is that of the loop without the step."""
-    found = []
+    found, kept = [], []
     for data, steps in (((1, NAN, 1), 3), ((1, 1), 2)):
         program = bilevel(EVERY[name], low_data=data, low={"inner_steps": steps, "clip_norm": 0.5})
-        if steps == 2:
-            program.levels["low"].data[:] = kept
-        else:
-            kept = [program.levels["low"].data[n] for n in (0, 2)]
+        own = program.levels["low"].data
+        own[:] = kept or own
+        kept = [own[0], own[-1]]
         program.on("hypergradient")(lambda grads: found.append(grads["x"].clone()))
         quietly(program, steps, nonfinite="skip")
     assert torch.allclose(*found, rtol=1e-4)
@@ -145,7 +143,7 @@ def test_options_that_change_what_a_step_is(low):
     for name in ("low", "top"):
         state = program.module(name).state_dict().values()
         assert all(bool(t.isfinite().all()) for t in state)
-    assert float(program.module("low").x) != 0.0
+    assert program.module("low").x.item() != 0.0
 
 
 def test_nested_hypergradients_are_skipped_too():
@@ -157,11 +155,11 @@ def test_nested_hypergradients_are_skipped_too():
 
 def test_nothing_but_skips_ends_a_run():
     program = leaf(lambda m, batch: (m.x * batch).sum(), data=[torch.tensor([NAN])])
-    with pytest.warns(NonFiniteWarning) as caught:
-        with pytest.raises(
-            NonFiniteError, match=rf"{LONGEST} steps in a row.*the loss is nan"
-        ) as e:
-            run(program, LONGEST + 10, nonfinite="skip")
+    with (
+        pytest.warns(NonFiniteWarning) as caught,
+        pytest.raises(NonFiniteError, match=rf"{LONGEST} steps in a row.*the loss is nan") as e,
+    ):
+        run(program, LONGEST + 10, nonfinite="skip")
     assert len(caught) == 1
     assert "batch" in e.value.cause
     assert program.module("low").x.tolist() == [1.0]
@@ -218,13 +216,6 @@ def test_a_bad_batch_is_named():
 
 
 def test_a_bad_parameter_is_named():
-    program = leaf(lambda m: (m.x**4).sum(), value=10.0, size=2)
-    program.levels["low"]
-    with pytest.raises(NonFiniteError) as caught:
-        run(program, 50)
-    assert "parameter 'x' of level 'low' has" in caught.value.cause or "functions" in (
-        caught.value.cause
-    )
     program = leaf(lambda m: (m.x**2).sum(), value=math.inf)
     with pytest.raises(NonFiniteError, match=r"parameter 'x' of level 'low' has 1 inf") as caught:
         run(program, 1)
@@ -244,7 +235,7 @@ def test_a_bad_buffer_and_a_bad_source_are_named():
         run(program, 1)
 
     program = leaf(lambda m, task: (m.x * task["t"]).sum())
-    program.source("task")(lambda: {"t": torch.tensor([NAN])})
+    program.source("task")(lambda: iter([{"t": torch.tensor([NAN])}]))
     with pytest.raises(NonFiniteError, match=r"task\['t'\] of level 'low' has 1 NaN"):
         run(program, 1)
 
@@ -318,7 +309,7 @@ def test_each_term_is_named(low, top, level, words):
         (Neumann(num_terms=10, step_size=1.0), -2.0, ("grow", "damping")),
         (Neumann(num_terms=10), -1.0, ("grow", "damping")),
         (CG(), -1.0, ("positive curvature", "damping", "minres")),
-        (CG(), 0.0, ("singular", "damping")),
+        (CG(), 0.0, ("positive curvature", "damping")),
     ],
     ids=repr,
 )

@@ -9,7 +9,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Never, Self, TypeVar, get_args, overload
 
-from mlodeco.declare.checks import Checker, find_cycle
+from mlodeco.declare.checks import Checker, as_tuple, find_cycle
 from mlodeco.declare.inner_loop import (
     read_init_from,
     read_replicas,
@@ -191,6 +191,8 @@ class Registry:
             check.level_name(name)
             check.unknown(unknown, LEVEL_OPTIONS)
             check.function(function)
+            for option, value in (("reads", reads), ("data", data), ("hypergrad", hypergrad)):
+                check.keys(option, value)
             mapped = reads if isinstance(reads, Mapping) else {}
             check.names("reads", mapped.values() if mapped else ())
             declaration = LevelDeclaration(
@@ -730,11 +732,12 @@ def _has_parameters(value: Any) -> bool:
 def _params(check: Checker, params: Any) -> Any:
     if params is None or callable(params):
         return params
-    if isinstance(params, str) or not isinstance(params, Iterable):
+    items = None if isinstance(params, str) else as_tuple(params)
+    if items is None:
         raise check.error(
             f"params={params!r}.",
             expected="a predicate on parameter names, or an iterable of parameters or names.",
             remedy="write params=lambda name: name.startswith('head'), "
             "params=['head.weight', 'head.bias'], or params=model.head.parameters().",
         )
-    return tuple(params)
+    return items

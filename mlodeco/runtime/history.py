@@ -183,5 +183,5 @@ class History:
 def as_number(value: Any) -> Any:
     """A tensor of one element as a number, another as a copy; anything else as it is."""
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value.detach().clone()
+        return value.item() if value.numel() == 1 and not value.is_meta else value.detach().clone()
     return value
