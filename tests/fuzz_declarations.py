@@ -311,10 +311,17 @@ def options(r: Random):
     makers = {
         "module": modules, "data": datas, "optimizer": optimizers, "scheduler": schedulers,
         "hypergrad": methods,
-        "lower": lambda r: r.choice(NAMED_LISTS), "reads": lambda r: r.choice([*NAMED_LISTS, {"low": "x"}, {"x": "low"}]),
-        "params": lambda r: r.choice([lambda n: True, lambda n: False, ["weight"], ["nope"], fail, lambda: 1, lambda n: junk, [junk], junk]),
+        "lower": lambda r: r.choice(NAMED_LISTS),
+        "reads": lambda r: r.choice([*NAMED_LISTS, {"low": "x"}, {"x": "low"}]),
+        "params": lambda r: r.choice([
+            lambda n: True, lambda n: False, ["weight"], ["nope"], fail, lambda: 1, lambda n: junk,
+            [junk], junk,
+        ]),
         "fields": lambda r: r.choice([("x", "y"), ("x",), ("batch",), ("a b",), (), "xy", ["low"]]),
-        "tune": lambda r: r.choice([{"lr": lambda low: 0.1}, {"lr": fail}, {"lr": lambda top: junk}, {"nope": len}, {"lr": junk}, {1: fail}, {"lr": lambda nobody: 1}]),
+        "tune": lambda r: r.choice([
+            {"lr": lambda low: 0.1}, {"lr": fail}, {"lr": lambda top: junk}, {"nope": len},
+            {"lr": junk}, {1: fail}, {"lr": lambda nobody: 1},
+        ]),
         "replicas": lambda r: r.choice([1, 2, 0, -(10**6), True]),
         "init_from": lambda r: r.choice(["top", "low", "nobody", ""]),
         "precision": lambda r: r.choice(["fp32", "bf16", "fp16", "bf61"]),
@@ -337,16 +344,18 @@ def declare_level(program: Program, r: Random, name: str):
     given = {"module": {"x": torch.ones(2)}, "optimizer": partial(SGD, lr=0.1)}
     if name == "top":
         given |= {"lower": ["low"], "hypergrad": r.choice(["neumann", "cg", "unroll", "identity"])}
-    for _ in range(r.choice([0, 1, 1, 2, 3])):
+    for _ in range(r.choice([0, 0, 0, 1, 1, 2])):
         key, value = options(r)
         given[key] = value
     given.pop("name", None)
-    chosen = odd_name(r) if r.random() < 0.1 else name
+    chosen = odd_name(r) if r.random() < 0.05 else name
     reading = {
         "low": lambda model, top=None: penalty(model, top),
         "top": lambda m, low: penalty(m, low),
     }
-    function = functions(r) if r.random() < 0.4 else reading.get(name, lambda model: penalty(model))
+    function = (
+        functions(r) if r.random() < 0.25 else reading.get(name, lambda model: penalty(model))
+    )
     program.level(chosen, **given)(function)
 
 
@@ -371,7 +380,7 @@ def declare_other(program: Program, r: Random):
         returned = r.choice([junk, {"a": junk}, {"a": 1.0}, {junk: 1.0} if _hashes(junk) else {}])
         program.validate(**some)(r.choice([function, lambda low: returned, lambda: returned, junk]))
     elif kind == "method":
-        program.method(r.choice(["mine", "cg", odd_name(r)]), **{})(
+        program.method(r.choice(["mine", "cg", odd_name(r)]))(
             r.choice([function, junk, lambda matvec, b: b, lambda matvec, b: junk, CG, CG()])
         )
     elif kind == "update":

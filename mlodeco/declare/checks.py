@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import sys
@@ -147,6 +148,11 @@ class Checker:
                 f"{self._what} decorates the class {plain.__name__!r}.",
                 remedy="decorate a function, or an object with __call__.",
             )
+        if _is_module(function):
+            raise self.error(
+                f"{self._what} decorates a module, whose call takes no arguments by name.",
+                remedy="decorate a function that calls it, or a method of it other than __call__.",
+            )
         if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
             raise self.error(
                 f"{self._what} decorates an async function.",
@@ -236,6 +242,12 @@ def as_tuple(value: object) -> tuple[Any, ...] | None:
     except TypeError:
         return None
     return tuple(items)
+
+
+def _is_module(function: Callable[..., Any]) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return hasattr(function, "named_parameters") and not inspect.isclass(function)
 
 
 def _lacks_self(function: Callable[..., Any]) -> bool:

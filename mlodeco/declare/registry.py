@@ -312,7 +312,7 @@ class Registry:
         - ``run_end``: once, after the last tick, with ``history``.
 
         ``grads`` are the ``.grad`` by parameter name and may be changed in place. Of a step that
-        is skipped, since its numbers overflowed in fp16, nobody hears at ``hypergradient`` and
+        is skipped, since its numbers were not finite, nobody hears at ``hypergradient`` and
         ``after_backward``; at ``after_step`` it has no gradients, and ``ctx.skipped`` is True.
 
         Args:
