@@ -168,14 +168,15 @@ def functions(r: Random):
     text = r.choice(
         [
             "model", "model, batch", f"model, {other}", f"model, {other}=None", "*args", "**kwargs",
-            "model, *args, **kwargs", "*, model", "model, /", f"model, /, *, {other}", "", "self, m",
+            "model, *args, **kwargs", "*, model", "model, /", f"model, /, *, {other}", "",
+            "self, m",
             "ctx", "batch", "model, batch=None, ctx=None", f"{other}, model", "low, top", "m, a, b",
             "model, x=1", "low", "top", "m, *, batch", "m, loww=None",
         ]
     )  # fmt: skip
     names = [part.strip().split("=")[0].lstrip("*") for part in text.split(",")]
     values = ", ".join(name for name in names if name not in ("", "/", "args", "kwargs"))
-    exec(f"def made({text}): return penalty({values})", {"penalty": penalty}, made)  # noqa: S102
+    exec(f"def made({text}): return penalty({values})", {"penalty": penalty}, made)
     plain = made["made"]
     wrapped = {
         "plain": plain,
@@ -229,8 +230,9 @@ def modules(r: Random):
         nn.ReLU(), integers, mixed, frozen, nn.Linear(2, 1, device="meta"), Tied(), nn.Linear,
         nn.LazyLinear(2), {"x": torch.ones(2, dtype=torch.cfloat)}, {"x": torch.empty(0)},
         {"x": torch.eye(2).to_sparse()}, {"x": torch.ones(1, device="meta")}, {}, junk,
-        {"x": torch.ones(2).half()}, OrderedDict(x=torch.ones(1)), nn.ModuleList(), nn.ParameterDict(),
-        lambda a: nn.Linear(2, 1), nn.Embedding(3, 2, sparse=True), {"x": torch.tensor(float("nan"))},
+        {"x": torch.ones(2).half()}, OrderedDict(x=torch.ones(1)), nn.ModuleList(),
+        nn.ParameterDict(), lambda a: nn.Linear(2, 1),
+        nn.Embedding(3, 2, sparse=True), {"x": torch.tensor(float("nan"))},
         lambda: {"x": torch.ones(2)}, nn.Parameter(torch.ones(2)), Tied, [nn.Linear(1, 1)],
         nn.Linear(2, 1).state_dict(), lambda: nn.Linear(2, 1, device="meta"),
     ]  # fmt: skip
@@ -243,7 +245,8 @@ def datas(r: Random):
     return r.choice([
         None, [batch], [batch] * 2, [], (batch,), iter([batch]), failing_items, failing_items(),
         FailingIterable(), DataLoader([torch.ones(2)] * 4, batch_size=2), DataLoader([]), junk,
-        {"a": [batch]}, {"a": [batch], "b": junk}, {"low": [batch]}, {"batch": [batch]}, {1: [batch]},
+        {"a": [batch]}, {"a": [batch], "b": junk}, {"low": [batch]}, {"batch": [batch]},
+        {1: [batch]},
         {}, lambda: [batch], lambda: iter([batch]), lambda: junk, fail, {"a b": [batch]}, [junk],
         {"a": []}, {"class": [batch]}, batch, "text", {"a": failing_items}, lambda x: [batch],
     ])  # fmt: skip
@@ -270,14 +273,10 @@ def schedulers(r: Random):
 def methods(r: Random):
     junk = r.choice(JUNK)
     known = ["neumann", "cg", "minres", "identity", "unroll", "sama", "nystrom", "dense", "neuman"]
+    mapped = [{"low": r.choice(known)}, {"low": junk}, {"nobody": "cg"}]
+    mapped.append({junk: "cg"} if _hashes(junk) else {})
     return r.choice(
-        [*known, None, CG(max_steps=2), Neumann(num_terms=2), Unroll(), CG, junk]
-        + [
-            {"low": r.choice(known)},
-            {"low": junk},
-            {"nobody": "cg"},
-            {junk: "cg"} if _hashes(junk) else {},
-        ]
+        [*known, None, CG(max_steps=2), Neumann(num_terms=2), Unroll(), CG, junk, *mapped]
     )
 
 
@@ -307,7 +306,7 @@ NAMED_LISTS = (
 def options(r: Random):
     """One option of ``level`` with some value."""
     junk = r.choice(JUNK)
-    name = r.choice(mlodeco.declare.registry.LEVEL_OPTIONS + ("lr", "modul", "name"))
+    name = r.choice((*mlodeco.declare.registry.LEVEL_OPTIONS, "lr", "modul", "name"))
     makers = {
         "module": modules, "data": datas, "optimizer": optimizers, "scheduler": schedulers,
         "hypergrad": methods,

@@ -148,11 +148,7 @@ class Checker:
                 f"{self._what} decorates the class {plain.__name__!r}.",
                 remedy="decorate a function, or an object with __call__.",
             )
-        if _is_module(function):
-            raise self.error(
-                f"{self._what} decorates a module, whose call takes no arguments by name.",
-                remedy="decorate a function that calls it, or a method of it other than __call__.",
-            )
+        self.not_module(function)
         if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
             raise self.error(
                 f"{self._what} decorates an async function.",
@@ -169,6 +165,14 @@ class Checker:
                 f"{self._what} decorates the method {plain.__qualname__!r} inside its class, "
                 "where it has no object to be bound to.",
                 remedy=f"decorate the bound method: decorator(obj.{plain.__name__}).",
+            )
+
+    def not_module(self, function: Any) -> None:
+        """Refuses an ``nn.Module``, whose call says nothing of its arguments."""
+        if _is_module(function):
+            raise self.error(
+                f"{self._what} decorates a module, whose call takes no arguments by name.",
+                remedy="decorate a function that calls it, or a method of it other than __call__.",
             )
 
     def names_taken(self, function: Callable[..., Any], what: str) -> tuple[str, ...]:

@@ -452,6 +452,7 @@ class Registry:
         def decorate(value: F) -> F:
             site = locate(value)
             check = Checker("@method", None, site)
+            check.not_module(value)
             if not isinstance(name, str) or not name.isidentifier():
                 raise check.error(
                     f"the method's name is {name!r}.",

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +84,7 @@ def _items(level: BuiltLevel, drawn: Iterable[Drawn]) -> Iterator[tuple[str, Ten
 def _leaves(path: str, item: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(item, Tensor):
         yield path, item
-    elif isinstance(item, np.ndarray) and item.dtype.kind == "f":
+    elif getattr(getattr(item, "dtype", None), "kind", "") == "f":  # of NumPy
         yield path, torch.as_tensor(item)
     elif isinstance(item, Mapping):
         for key, part in item.items():

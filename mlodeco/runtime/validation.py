@@ -129,7 +129,10 @@ class Validation:
                     remedy="return numbers or tensors of one element.",
                     site=site,
                 )
-            metrics[str(name)] = float(number)
+            try:
+                metrics[str(name)] = float(number)
+            except OverflowError:  # an integer beyond the floats
+                metrics[str(name)] = math.copysign(math.inf, number)
         return metrics
 
     def judge(self, metrics: Mapping[str, float]) -> bool:
