@@ -132,7 +132,7 @@ class Validation:
             try:
                 metrics[str(name)] = float(number)
             except OverflowError:  # an integer beyond the floats
-                metrics[str(name)] = math.copysign(math.inf, number)
+                metrics[str(name)] = math.inf if number > 0 else -math.inf
         return metrics
 
     def judge(self, metrics: Mapping[str, float]) -> bool:
