@@ -170,6 +170,7 @@ def run(
     keep: int = 3,
     resume: str | os.PathLike[str] | None = None,
     checkpoint_errors: str = "warn",
+    nonfinite: Literal["raise", "skip", "warn"] = "raise",
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -208,6 +209,10 @@ def run(
             before it too.
         checkpoint_errors: ``"warn"`` goes on where a checkpoint cannot be written, ``"raise"``
             ends the run.
+        nonfinite: what becomes of a step whose loss, cotangent, solve or gradient is not finite:
+            ``"raise"`` ends the run before it; ``"skip"`` leaves it out, and ends the run after
+            100 in a row; ``"warn"`` takes it, where a solve failed with a hypergradient of NaN.
+            Warns once a level and cause. Overflows in float16 are skipped in any case.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -234,6 +239,7 @@ def run(
         keep=keep,
         resume=resume,
         checkpoint_errors=checkpoint_errors,
+        nonfinite=nonfinite,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)

@@ -68,11 +68,15 @@ class MlodecoError(Exception):
         where = f"level {self.level!r}" if self.level is not None else where
         if self.site:
             where = f"{where} ({self.site})" if where else self.site
-        lines = [f"{where}: {self.found}" if where else self.found]
+        lines = [f"{where}: {self.found}" if where else self.found, *self._more()]
         if self.expected:
             lines.append(f"  Expected: {self.expected}")
         lines.append(f"  Remedy: {self.remedy}")
         return "\n".join(lines)
+
+    def _more(self) -> list[str]:
+        """What a kind of error says beside."""
+        return []
 
 
 class DeclarationError(MlodecoError):
@@ -108,7 +112,46 @@ class LossError(MlodecoError):
 
 
 class NonFiniteError(MlodecoError):
-    """A loss, cotangent, solution or gradient is infinite or not a number."""
+    """A loss, cotangent, solution or gradient is infinite or not a number.
+
+    Args:
+        found: which of them.
+        remedy: what to do about it.
+        expected: what was expected.
+        level: the name of the level at fault.
+        site: ``file:line`` of its function.
+        when: the step in which it was found.
+        cause: where the numbers likely came from.
+    """
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        remedy: str,
+        expected: str = "",
+        level: str | None = None,
+        site: str | None = None,
+        when: str = "",
+        cause: str = "",
+    ) -> None:
+        self.when = when
+        self.cause = cause
+        super().__init__(found, remedy=remedy, expected=expected, level=level, site=site)
+
+    def explain(self, *, when: str, cause: str, remedy: str) -> None:
+        """Adds what is known of the step in which it was found."""
+        self.when, self.cause, self.remedy = when, cause, remedy
+        self.args = (self._message(),)
+
+    def parts(self) -> dict[str, str | None]:
+        """The arguments of its constructor."""
+        names = ("found", "remedy", "expected", "level", "site", "when", "cause")
+        return {name: getattr(self, name) for name in names}
+
+    def _more(self) -> list[str]:
+        more = (("At", self.when), ("Likely cause", self.cause))
+        return [f"  {title}: {text}" for title, text in more if text]
 
 
 class RunError(MlodecoError):
@@ -154,6 +197,10 @@ class FallbackWarning(MlodecoWarning):
 
 class SolverWarning(MlodecoWarning):
     """A linear solve ended in trouble; its solution is used as it is."""
+
+
+class NonFiniteWarning(MlodecoWarning):
+    """Numbers of a step are not finite; it is skipped, or taken all the same, as asked."""
 
 
 class DriftWarning(MlodecoWarning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -27,14 +28,15 @@ METHODS = {
     "kept graphs": Unroll(keep_graph=True),
 }
 CASES = [*product(METHODS, ("low", "top"), ("exact", "once"))]
+NOT_FINITE = [*product(("neumann", "kept graphs"), ("low", "top"), ("exact", "once"))]
 
 
-def loader(seed, parts, bad=None):
+def loader(seed, parts, bad=None, value=BAD):
     """Batches of 8 samples over all processes together; the last sample of one may be bad."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(32, 3, generator=g), torch.randn(32, generator=g)
     if bad is not None:
-        x[8 * bad + 7] = BAD
+        x[8 * bad + 7] = value
     return DataLoader(TensorDataset(x, y), batch_size=8 // parts)
 
 
@@ -43,14 +45,14 @@ def network():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
-def program(method, parts, bad=None, at="low"):
+def program(method, parts, bad=None, at="low", value=BAD):
     found = Program()
 
     @found.level(
         "low",
         module=network,
         optimizer=partial(Adam, lr=0.02),
-        data=loader(1, parts, bad if at == "low" else None),
+        data=loader(1, parts, bad if at == "low" else None, value),
     )
     def low(model, batch, top):
         x, y = batch
@@ -63,7 +65,7 @@ def program(method, parts, bad=None, at="low"):
         hypergrad=METHODS[method],
         module={"x": torch.full((3,), 0.1)},
         optimizer=partial(SGD, lr=0.1),
-        data=loader(2, parts, bad if at == "top" else None),
+        data=loader(2, parts, bad if at == "top" else None, value),
     )
     def top(hyper, batch, low):
         x, y = batch
@@ -103,4 +105,14 @@ if __name__ == "__main__":
         for method in METHODS
         for precision in ("bf16", "fp16")
     }
+    for policy in ("skip", "warn"):
+        found |= {
+            (policy, method, at, reduce): train(
+                program(method, 2, bad=2, at=at, value=math.nan),
+                precision="no",
+                reduce=reduce,
+                nonfinite=policy,
+            )
+            for method, at, reduce in NOT_FINITE
+        }
     torch.save(found, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

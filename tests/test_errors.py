@@ -1214,9 +1214,36 @@ def test_modules_without_held_layers_are_silent(module):
 def test_error_of_a_module_factory_says_whose_it_is():
     good = Bilevel()
     with pytest.raises(TypeError) as caught:
-        good.run(low={"module": nn.Linear})
+        good.run(low={"module": lambda: nn.Linear()})
     (note,) = caught.value.__notes__
     assert re.fullmatch(r"raised by module= of level 'low' \(test_errors\.py:\d+\)", note)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "words"),
+    [
+        ({"module": nn.Linear}, ModuleError, "module= cannot be called without arguments"),
+        ({"module": nn.Linear(2, 1, device="meta")}, ModuleError, "meta device"),
+        ({"params": lambda: True}, ModuleError, "params= cannot be called with"),
+        ({"optimizer": lambda: None}, OptimizerError, "optimizer= cannot be called"),
+        ({"scheduler": lambda: None}, OptimizerError, "scheduler= cannot be called"),
+        ({"data": lambda x: x}, DataError, "data= cannot be called without arguments"),
+        ({"data": {1: []}}, DeclarationError, "data has the key 1"),
+        ({"reads": {1: "top"}}, DeclarationError, "reads has the key 1"),
+        ({"params": torch.zeros(())}, DeclarationError, "params="),
+        ({"repeat": torch.zeros(2)}, DeclarationError, "repeat="),
+        ({"repeat": int}, DeclarationError, "repeat="),
+    ],
+)
+def test_what_no_option_can_be_called_or_named_with(given, kind, words):
+    with pytest.raises(kind, match=words):
+        Bilevel().run(low=given)
+
+
+@pytest.mark.parametrize("function", [max, functools.partial(new_loss, 1, 2, 3, 4), nn.ReLU()])
+def test_functions_of_unknown_arguments_are_refused(function):
+    with pytest.raises(DeclarationError, match=r"cannot be found out|decorates a module"):
+        Program().level("low", module={"x": torch.zeros(1)})(function)
 
 
 def test_a_level_without_a_name_is_refused():

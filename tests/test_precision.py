@@ -774,6 +774,20 @@ def test_an_overflow_in_one_process_skips_the_step_of_all(case, processes):
     assert all(bool(t.isfinite().all()) for t in first["state"].values())
 
 
+@pytest.mark.parametrize("case", precision_worker.NOT_FINITE)
+def test_a_policy_is_that_of_all_processes(case, processes):
+    method, at, _ = case
+    first, second = (found["skip", *case] for found in processes)
+    looks = [] if at == "top" or "kept" in method else [("top", 3)]
+    assert first["skipped"] == second["skipped"] == [(at, 3), *looks]
+    assert same(first["state"], second["state"])
+    assert all(bool(t.isfinite().all()) for t in first["state"].values())
+    first, second = (found["warn", *case] for found in processes)
+    assert first["skipped"] == second["skipped"] == []
+    for found in (first, second):
+        assert not all(bool(t.isfinite().all()) for t in found["state"].values())
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp16", 0.001)])
 @pytest.mark.parametrize("method", precision_worker.METHODS)
 @pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")

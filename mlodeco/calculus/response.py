@@ -10,6 +10,7 @@ import torch
 
 from mlodeco.calculus.point import LowerProblem, Memory
 from mlodeco.calculus.products import Cross
+from mlodeco.errors import counted
 from mlodeco.tree import Tree
 
 
@@ -22,7 +23,10 @@ class Status(Enum):
     DIVERGING = (
         "the terms of the series grow: add damping against negative curvature, or lower step_size"
     )
-    INDEFINITE = "met a direction without positive curvature: add damping, or use another method"
+    INDEFINITE = (
+        "met a direction without positive curvature: add damping, or use minres or gmres, which "
+        "need none"
+    )
     SINGULAR = "the system is singular, solved in the least-squares sense: add damping"
     GROWN = (
         "the residual had grown tenfold at max_steps, so that the one of smallest residual was "
@@ -63,6 +67,12 @@ class Solution:
         """What is left where a product is not finite: no numbers, which the sweep reports."""
         value = {key: torch.full_like(part, torch.nan) for key, part in b.items()}
         return Solution(value, steps, None, Status.NOT_FINITE)
+
+
+def name_solution(solver: object, solution: Solution) -> str:
+    """A solution as messages name it."""
+    after = counted(solution.steps, "step")
+    return f"the solution of {type(solver).__name__} after {after} ({solution.status.value})"
 
 
 @dataclass(frozen=True)

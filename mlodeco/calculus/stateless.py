@@ -272,6 +272,11 @@ def read_loss(returned: Any, level: str, site: str) -> tuple[Tensor, dict[str, A
             f"the loss has shape {tuple(loss.shape)}.",
             "reduce it to a scalar: return losses.mean().",
         )
+    if loss.is_meta:
+        raise refuse(
+            "the loss is on the meta device, where tensors have no numbers.",
+            "compute the loss from the level's modules and its batch.",
+        )
     if not loss.is_floating_point():
         raise refuse(
             f"the loss has dtype {loss.dtype}.", "compute the loss in floating point numbers."

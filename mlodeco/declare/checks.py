@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import sys
@@ -103,13 +104,13 @@ class Checker:
                 expected="a list of names.",
                 remedy=f"write {option}=[{value!r}].",
             )
-        if not isinstance(value, Iterable):
+        names = as_tuple(value)
+        if names is None:
             raise self.error(
                 f"{option}={value!r}.",
                 expected="a list of names.",
                 remedy=f"write {option}=['name', ...].",
             )
-        names = tuple(value)
         for name in names:
             if not isinstance(name, str):
                 raise self.error(
@@ -147,6 +148,7 @@ class Checker:
                 f"{self._what} decorates the class {plain.__name__!r}.",
                 remedy="decorate a function, or an object with __call__.",
             )
+        self.not_module(function)
         if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
             raise self.error(
                 f"{self._what} decorates an async function.",
@@ -157,11 +159,20 @@ class Checker:
                 f"{self._what} decorates a generator function.",
                 remedy="return the result instead of yielding it.",
             )
+        self._signature(function)
         if _lacks_self(function):
             raise self.error(
                 f"{self._what} decorates the method {plain.__qualname__!r} inside its class, "
                 "where it has no object to be bound to.",
                 remedy=f"decorate the bound method: decorator(obj.{plain.__name__}).",
+            )
+
+    def not_module(self, function: Any) -> None:
+        """Refuses an ``nn.Module``, whose call says nothing of its arguments."""
+        if _is_module(function):
+            raise self.error(
+                f"{self._what} decorates a module, whose call takes no arguments by name.",
+                remedy="decorate a function that calls it, or a method of it other than __call__.",
             )
 
     def names_taken(self, function: Callable[..., Any], what: str) -> tuple[str, ...]:
@@ -171,13 +182,7 @@ class Checker:
             function: the function.
             what: it, in words.
         """
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):
-            raise self.error(
-                f"the arguments of {function!r} cannot be found out.",
-                remedy="wrap it in a function: lambda: ...",
-            ) from None
+        parameters = self._signature(function).parameters.values()
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
                 raise self.error(
@@ -186,6 +191,27 @@ class Checker:
                 )
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         return tuple(p.name for p in parameters if p.kind not in variadic)
+
+    def _signature(self, function: Callable[..., Any]) -> inspect.Signature:
+        """The arguments that a function takes."""
+        try:
+            return inspect.signature(function)
+        except (TypeError, ValueError):
+            raise self.error(
+                f"the arguments of {function!r:.200} cannot be found out.",
+                expected="a function whose arguments Python knows, and a partial that fits it.",
+                remedy="wrap it in a function: lambda: ...",
+            ) from None
+
+    def keys(self, option: str, value: object) -> None:
+        """Refuses keys of a mapping that are not names."""
+        for key in value if isinstance(value, Mapping) else ():
+            if not isinstance(key, str):
+                raise self.error(
+                    f"{option} has the key {key!r:.60}.",
+                    expected="names, as strings.",
+                    remedy=f"write {option}={{'name': ...}}.",
+                )
 
     def level_name(self, name: object) -> str:
         """A non-empty string that is not reserved."""
@@ -207,7 +233,25 @@ def as_integer(value: object) -> int | None:
     """The value as an ``int`` if it is an integer of any kind and not a truth value."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
-    return operator.index(value)
+    try:
+        return operator.index(value)
+    except TypeError:  # a class of integers, or an array of several
+        return None
+
+
+def as_tuple(value: object) -> tuple[Any, ...] | None:
+    """The items of an iterable; None for what is none, such as a tensor without dimensions."""
+    try:
+        items = iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        return None
+    return tuple(items)
+
+
+def _is_module(function: Callable[..., Any]) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return hasattr(function, "named_parameters") and not inspect.isclass(function)
 
 
 def _lacks_self(function: Callable[..., Any]) -> bool:

@@ -9,7 +9,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Never, Self, TypeVar, get_args, overload
 
-from mlodeco.declare.checks import Checker, find_cycle
+from mlodeco.declare.checks import Checker, as_tuple, find_cycle
 from mlodeco.declare.inner_loop import (
     read_init_from,
     read_replicas,
@@ -193,6 +193,8 @@ class Registry:
             check.level_name(name)
             check.unknown(unknown, LEVEL_OPTIONS)
             check.function(function)
+            for option, value in (("reads", reads), ("data", data), ("hypergrad", hypergrad)):
+                check.keys(option, value)
             mapped = reads if isinstance(reads, Mapping) else {}
             check.names("reads", mapped.values() if mapped else ())
             declaration = LevelDeclaration(
@@ -313,7 +315,7 @@ class Registry:
         - ``run_end``: once, after the last tick, with ``history``.
 
         ``grads`` are the ``.grad`` by parameter name and may be changed in place. Of a step that
-        is skipped, since its numbers overflowed in fp16, nobody hears at ``hypergradient`` and
+        is skipped, since its numbers were not finite, nobody hears at ``hypergradient`` and
         ``after_backward``; at ``after_step`` it has no gradients, and ``ctx.skipped`` is True.
 
         Args:
@@ -453,6 +455,7 @@ class Registry:
         def decorate(value: F) -> F:
             site = locate(value)
             check = Checker("@method", None, site)
+            check.not_module(value)
             if not isinstance(name, str) or not name.isidentifier():
                 raise check.error(
                     f"the method's name is {name!r}.",
@@ -769,11 +772,12 @@ def _has_parameters(value: Any) -> bool:
 def _params(check: Checker, params: Any) -> Any:
     if params is None or callable(params):
         return params
-    if isinstance(params, str) or not isinstance(params, Iterable):
+    items = None if isinstance(params, str) else as_tuple(params)
+    if items is None:
         raise check.error(
             f"params={params!r}.",
             expected="a predicate on parameter names, or an iterable of parameters or names.",
             remedy="write params=lambda name: name.startswith('head'), "
             "params=['head.weight', 'head.bias'], or params=model.head.parameters().",
         )
-    return tuple(params)
+    return items

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
+from torch import nn
+
 from mlodeco.calculus.response import Method
 from mlodeco.declare.site import locate
 from mlodeco.errors import MethodError, did_you_mean, quoted
@@ -113,7 +115,7 @@ def _from_object(name: str, value: Any, level: str | None, site: str | None) -> 
         method: Method = value
         return method
     solver = getattr(value, "solve", value)
-    if callable(solver):
+    if callable(solver) and not isinstance(solver, nn.Module):
         _check_signature(name, solver, level, site)
         return Custom(name=name, solver=solver)
     raise MethodError(

@@ -22,7 +22,7 @@ class Context:
         device: where the level's parameters are.
         generator: random numbers of that device; the same in every pass of one hypergradient.
         is_main: whether this is the main process.
-        skipped: whether the step was skipped, since its numbers overflowed in float16.
+        skipped: whether the step was skipped, since its numbers were not finite.
         accelerator: the run's Accelerator; None outside a run.
         processes: those of the run, of which ``rank`` and ``count`` tell this one's number and
             how many there are.

@@ -21,7 +21,7 @@ from mlodeco.runtime.generators import (
     read_generators,
     write_generators,
 )
-from mlodeco.runtime.notes import noted
+from mlodeco.runtime.notes import misfit, noted
 from mlodeco.runtime.position import Pass
 
 
@@ -146,6 +146,11 @@ def open_source(data: Any, where: Where) -> Iterable[Any]:
         DataError: it cannot be iterated over more than once, or is one batch and not several.
     """
     is_factory = callable(data) and not isinstance(data, Iterable)
+    if is_factory and (why := misfit(data)):
+        raise where.error(
+            f"data= cannot be called without arguments: {why}.",
+            "give a function without arguments that returns what to iterate over.",
+        )
     with noted("data=", where):
         source = data() if is_factory else data
     if is_factory and isinstance(source, Iterator):

@@ -44,8 +44,8 @@ class StepRecord:
             optimizer without one.
         metrics: what its function returned or logged beside the loss.
         solves: its linear solves.
-        skipped: whether nothing was changed, since its numbers overflowed in float16. The norm of
-            the gradient is then no number, and nor is the loss of a level with lower levels.
+        skipped: whether nothing was changed, since its numbers were not finite. The norm of the
+            gradient is then no number, and nor is the loss of a level with lower levels.
         cosine: of the angle between the hypergradient and that of the level's last step; near
             one for a steady direction, near zero or below for noise. None for levels without
             lower levels and at the first step.
@@ -183,5 +183,5 @@ class History:
 def as_number(value: Any) -> Any:
     """A tensor of one element as a number, another as a copy; anything else as it is."""
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value.detach().clone()
+        return value.item() if value.numel() == 1 and not value.is_meta else value.detach().clone()
     return value

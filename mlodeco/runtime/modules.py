@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.errors import GraphError, ModuleError, did_you_mean, quoted
-from mlodeco.runtime.notes import noted
+from mlodeco.runtime.notes import misfit, noted
 
 
 def materialize(
@@ -57,6 +57,12 @@ def _owner(name: str, declarations: Mapping[str, LevelDeclaration]) -> str:
 def _make(declaration: LevelDeclaration) -> nn.Module:
     module = declaration.module
     if not isinstance(module, nn.Module | Mapping):
+        if why := misfit(module):
+            raise _error(
+                declaration,
+                f"the factory given as module= cannot be called without arguments: {why}.",
+                "give a function without arguments, such as module=lambda: nn.Linear(2, 1).",
+            )
         with noted("module=", f"level {declaration.name!r} ({declaration.site})"):
             module = module()
     if isinstance(module, Mapping) and not isinstance(module, nn.Module):
@@ -73,6 +79,12 @@ def _make(declaration: LevelDeclaration) -> nn.Module:
                 declaration,
                 f"the parameter {name!r} of the lazy module has no shape yet.",
                 "run the module once on a batch before the level is used.",
+            )
+        if parameter.is_meta:
+            raise _error(
+                declaration,
+                f"the parameter {name!r} is on the meta device, without numbers.",
+                "build the module on a real device, or give it numbers: module.to_empty(...).",
             )
     return module
 
@@ -104,6 +116,22 @@ def _from_mapping(declaration: LevelDeclaration, mapping: Mapping[Any, Any]) -> 
     return parameters
 
 
+def _is_chosen(declaration: LevelDeclaration, predicate: Any, name: str) -> bool:
+    """What a predicate says of a name.
+
+    Raises:
+        ModuleError: it does not take one.
+    """
+    if why := misfit(predicate, name):
+        raise _error(
+            declaration,
+            f"the function given as params= cannot be called with a parameter's name: {why}.",
+            "write params=lambda name: name.startswith('head').",
+        )
+    with noted("params=", f"level {declaration.name!r} ({declaration.site})"):
+        return bool(predicate(name))
+
+
 def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the level optimizes, by their names in its module.
 
@@ -115,7 +143,7 @@ def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
     elif callable(params):
-        chosen = {name: p for name, p in named.items() if params(name)}
+        chosen = {name: p for name, p in named.items() if _is_chosen(declaration, params, name)}
     else:
         wanted = {id(_parameter(declaration, module, one)) for one in params}
         chosen = {name: p for name, p in named.items() if id(p) in wanted}

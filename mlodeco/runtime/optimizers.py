@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, distributed
 from torch.distributed.algorithms.join import Joinable
-from torch.optim import LBFGS, SparseAdam, SGD, Adam, Optimizer, Rprop
+from torch.optim import LBFGS, SGD, Adam, Optimizer, Rprop, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlodeco.calculus.optimizer_step import Group, OptimizerStep
@@ -17,7 +17,7 @@ from mlodeco.calculus.update import Update
 from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.fsdp import shard_of, whole_tree
-from mlodeco.runtime.notes import noted
+from mlodeco.runtime.notes import misfit, noted
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
 _TUNABLE_OF_SGD = ("lr", "momentum", "weight_decay")
@@ -75,12 +75,22 @@ def _call(level: BuiltLevel, factory: Callable[..., Any]) -> Any:
     """What a factory of optimizers returns.
 
     Raises:
-        OptimizerError: it needs several processes.
+        OptimizerError: it cannot be called with what it is given, or needs several processes.
     """
+    parameters = list(level.parameters.values())
+    takes_module = _takes_module(factory)
+    why = misfit(factory, module=level.module) if takes_module else misfit(factory, parameters)
+    if why:
+        raise _error(
+            level,
+            f"optimizer= cannot be called with the parameters: {why}.",
+            "give optimizer=functools.partial(torch.optim.SGD, lr=0.1), or a function of one "
+            "argument, the parameters or module.",
+        )
     try:
         with noted("optimizer=", f"level {level.name!r} ({level.site})"):
-            if not _takes_module(factory):
-                return factory(list(level.parameters.values()))
+            if not takes_module:
+                return factory(parameters)
             with shown_stacked(level):
                 return factory(module=level.module)
     except (RuntimeError, ValueError) as error:
@@ -261,6 +271,13 @@ def make_scheduler(level: BuiltLevel, optimizer: Optimizer) -> LRScheduler | Non
     factory = level.declaration.scheduler
     if factory is None:
         return None
+    if why := misfit(factory, optimizer):
+        raise _error(
+            level,
+            f"scheduler= cannot be called with the optimizer: {why}.",
+            "give a function of the optimizer: "
+            "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10).",
+        )
     with noted("scheduler=", f"level {level.name!r} ({level.site})"):
         scheduler: Any = factory(optimizer)
     if isinstance(scheduler, ReduceLROnPlateau):

@@ -40,6 +40,7 @@ from mlodeco.errors import (
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, BuiltLevel, build
+from mlodeco.runtime.causes import Cause, find_cause
 from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
@@ -70,6 +71,7 @@ from mlodeco.runtime.history import (
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
+from mlodeco.runtime.nonfinite import POLICIES, Watch, agree
 from mlodeco.runtime.optimizers import make_optimizer, warn_if_flat
 from mlodeco.runtime.overlap import passes_of
 from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
@@ -126,7 +128,7 @@ class Result:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many steps of each level were skipped, since their numbers overflowed in float16."""
+        """How many steps of each level were skipped, since their numbers were not finite."""
         return self.history.skipped
 
 
@@ -173,6 +175,9 @@ class Runner:
             one to go on from.
         checkpoint_errors: ``"warn"`` to go on where a checkpoint cannot be written, or
             ``"raise"``.
+        nonfinite: what becomes of a step whose loss, cotangent, solve or gradient is not finite:
+            ``"raise"`` ends the run before it, ``"skip"`` leaves it out, up to 100 in a row,
+            ``"warn"`` takes it. Overflows in float16 are skipped in any case.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -194,6 +199,7 @@ class Runner:
         keep: int = 3,
         resume: str | os.PathLike[str] | None = None,
         checkpoint_errors: str = "warn",
+        nonfinite: str = "raise",
     ) -> None:
         saving = Saving(out, checkpoint_every, keep, resume, checkpoint_errors)
         saving.check()
@@ -206,6 +212,8 @@ class Runner:
         check_nested(nested)
         check_choice("reduce", reduce, REDUCTIONS)
         check_choice("tails", tails, TAILS)
+        check_choice("nonfinite", nonfinite, POLICIES)
+        self._nonfinite = nonfinite
         self._tails = tails
         self._reduce = reduce
         self._nested = nested
@@ -268,6 +276,7 @@ class Runner:
             refuse_half(self.built, levels)
         for name, trainer in self._trainers.items():
             trainer.level.reported.clear()
+            trainer.watch = Watch(trainer.level, self._nonfinite)
             if self._has_half(name):
                 trainer.scale = make_scale(trainer.level, self._accelerator)
         self._sources = Sources(self.built, place)
@@ -490,7 +499,8 @@ class Runner:
         """Why the run ended."""
         if self._signum is not None:
             return f"{Signal(self._signum).name} was received"
-        return self._stop_reason or f"all {steps} steps were run{self._never_stepped()}"
+        told = f"{self._never_stepped()}{self._lost_steps()}"
+        return self._stop_reason or f"all {steps} steps were run{told}"
 
     @property
     def _is_ending(self) -> bool:
@@ -674,6 +684,11 @@ class Runner:
             return ""
         return f"; {quoted(idle)} never had a turn: its lower levels' inner loops are longer"
 
+    def _lost_steps(self) -> str:
+        lost = {name: trainer.watch.skipped for name, trainer in self._trainers.items()}
+        told = [f"{counted(count, 'step')} of {name!r}" for name, count in lost.items() if count]
+        return f"; skipped, since not finite: {', '.join(told)}" if told else ""
+
     def _take_turn(self, name: str) -> bool:
         if not self._schedule.is_due(name):
             return False
@@ -708,11 +723,12 @@ class Runner:
             if recorder is not None:
                 seed = self._seed_of_step(name)
                 recorder.begin_step(batches, self._muted(name), ctx.generator, seed)
-            found = self._differentiate(name, batches, ctx, recorder)
-            metrics = _numbers(found.metrics)  # which may be made of the parameters
-            ctx.skipped = trainer.overflowed(found)
-            extras = self._extras(trainer, found, batches, ctx)
-            norm, rate = self._update(name, ctx, recorder, extras)
+            with self._explained(name, batches):
+                found = self._differentiate(name, batches, ctx, recorder)
+                metrics = _numbers(found.metrics)  # which may be made of the parameters
+                ctx.skipped = self._is_lost(name, found, batches)
+                extras = self._extras(trainer, found, batches, ctx)
+                norm, rate = self._update(name, ctx, recorder, extras, batches)
         if recorder is not None:
             recorder.finish_step()
         self.built.remember(name, batches)
@@ -743,8 +759,54 @@ class Runner:
         self._finish_step_events(name, ctx, extras, ended)
         record.metrics.update(ctx.logged)
 
+    @contextmanager
+    def _explained(self, name: str, batches: tuple[Drawn, ...]) -> Iterator[None]:
+        """Adds the step and the likely cause to an error that says what is not finite."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if not error.when:
+                self._explain(error, name, batches)
+            raise
+
+    def _explain(self, error: NonFiniteError, name: str, batches: tuple[Drawn, ...]) -> Cause:
+        cause = find_cause(self.built, name, batches, error)
+        when = f"step {self._schedule.steps[name] + 1} of level {name!r}, tick {self.built.tick}."
+        error.explain(when=when, cause=cause.text, remedy=cause.remedy or error.remedy)
+        return cause
+
+    def _is_lost(self, name: str, found: Gradients, batches: tuple[Drawn, ...]) -> bool:
+        """Whether a step is skipped, with all as before it; the same in all processes."""
+        trainer = self._trainers[name]
+        if trainer.scale is not None:
+            return trainer.overflowed(found)
+        return self._judge(name, trainer.trouble(found), batches)
+
+    def _judge(self, name: str, error: NonFiniteError | None, batches: tuple[Drawn, ...]) -> bool:
+        """Whether a step is skipped for what a process has found; if so all is as before it.
+
+        Raises:
+            NonFiniteError: the run ends by it.
+        """
+        trainer = self._trainers[name]
+        if trainer.watch.is_strict:
+            if error is not None:
+                raise error
+            return False
+        cause = None if error is None else self._explain(error, name, batches)
+        agreed = agree(self._processes, error, cause)
+        if agreed is None or not trainer.watch.judge(*agreed):
+            return False
+        trainer.undo_step()
+        return True
+
     def _update(
-        self, name: str, ctx: Context, recorder: Recorder | None, extras: dict[str, Any]
+        self,
+        name: str,
+        ctx: Context,
+        recorder: Recorder | None,
+        extras: dict[str, Any],
+        batches: tuple[Drawn, ...],
     ) -> tuple[float, float]:
         """Steps by the gradients that are there, unless the step is skipped.
 
@@ -752,17 +814,31 @@ class Runner:
             Their norm, which is no number for a step skipped, and the learning rate.
         """
         trainer = self._trainers[name]
+        norm, rate = math.nan, trainer.learning_rate
+        if not ctx.skipped:
+            self._fire("after_backward", name, ctx, **extras)
+            if recorder is not None:
+                is_other = self._has_other_gradient(name)
+                recorder.begin_update(trainer.gradients() if is_other else None)
+            rate = trainer.learning_rate
+            norm = self._clip(name, ctx, batches)
         if ctx.skipped:
             if recorder is not None:
                 recorder.skip_update()
-            return math.nan, trainer.learning_rate
-        self._fire("after_backward", name, ctx, **extras)
-        if recorder is not None:
-            is_other = self._has_other_gradient(name)
-            recorder.begin_update(trainer.gradients() if is_other else None)
-        norm, rate = trainer.clip(), trainer.learning_rate
+            return math.nan, rate
         trainer.apply()
+        trainer.watch.passed()
         return norm, rate
+
+    def _clip(self, name: str, ctx: Context, batches: tuple[Drawn, ...]) -> float:
+        """The norm of the gradients before they are clipped, which hooks have seen by now."""
+        error, norm = None, math.nan
+        try:
+            norm = self._trainers[name].clip()
+        except NonFiniteError as found:
+            error = found
+        ctx.skipped = self._judge(name, error, batches)
+        return norm
 
     def _has_other_gradient(self, name: str) -> bool:
         """Whether the gradient of a step may be another than that of its loss here."""
@@ -827,6 +903,7 @@ class Runner:
         known = {n: level.last_batches for n, level in self.built.levels.items()}
         items = {n: b for n, b in known.items() if b is not None}
         own = ctx.with_own_generator()
+        trouble: NonFiniteError | None = None
         try:
             hyper = compute_hypergradient(
                 self.built,
@@ -841,22 +918,23 @@ class Runner:
                 scale=trainer.scale.value if trainer.scale else 1.0,
                 compilers=self._compilers,
             )
-        except NonFiniteError:
-            if trainer.scale is None:
+        except NonFiniteError as error:
+            if not trainer.may_lose:
                 raise
+            trouble = error
             hyper = Hypergradient.lost(frozen(trainer.level.parameters))
         if self._reduce == "once":
             hyper = trainer.average_hypergradient(hyper)
         ctx.adopt(own)
-        if trainer.scale is not None and not math.isfinite(hyper.size):
-            return Gradients(math.nan, hyper.metrics)
+        if trainer.skips_lost and not math.isfinite(hyper.size):
+            return Gradients(math.nan, hyper.metrics, trouble=trouble)
         if not self._nested:
             warn_of_nested_paths(self.built, name)
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
         trainer.memories = hyper.memories
         cosine = trainer.turn_of(hyper)
-        found = Gradients(hyper.loss, hyper.metrics, hyper.solves, cosine)
+        found = Gradients(hyper.loss, hyper.metrics, hyper.solves, cosine, trouble)
         self._fire("hypergradient", name, ctx, **self._extras(trainer, found, batches, ctx))
         return found
 
@@ -916,11 +994,13 @@ class Runner:
         ctx = self._context(name)
         ctx.step -= 1
         ctx.epoch = trainer.epoch
-        with trainer.undone_on_error(), _located(trainer, self.built.tick):
+        located = _located(trainer, self.built.tick)
+        with trainer.undone_on_error(), located, self._explained(name, batches):
             found = self._differentiate(name, batches, ctx)
-            ctx.skipped = trainer.overflowed(found)
+            ctx.skipped = self._is_lost(name, found, batches)
             trainer.tune()
-            self._update(name, ctx, None, self._extras(trainer, found, batches, ctx))
+            extras = self._extras(trainer, found, batches, ctx)
+            self._update(name, ctx, None, extras, batches)
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:

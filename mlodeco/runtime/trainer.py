@@ -30,6 +30,7 @@ from mlodeco.runtime.data import Feed, Placer, Share, items_for
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.fsdp import rest, shard_like
 from mlodeco.runtime.modules import copy_into
+from mlodeco.runtime.nonfinite import Watch
 from mlodeco.runtime.optimizers import (
     fresh_state,
     is_divided,
@@ -56,6 +57,7 @@ class Gradients:
     metrics: dict[str, Any]
     solves: tuple[Solve, ...] = ()
     cosine: float | None = None
+    trouble: NonFiniteError | None = None
 
 
 class Trainer:
@@ -98,6 +100,7 @@ class Trainer:
         self._generator_before = torch.Generator().get_state()
         self.step_seed = 0
         self.scale: LossScale | None = None
+        self.watch = Watch(level, "raise")
         self._before_step: _BeforeStep | None = None
 
     @property
@@ -188,6 +191,16 @@ class Trainer:
         """The scale of the level's own loss; one unless it is in float16."""
         return scale_for(self.level, self.scale.value) if self.scale else 1.0
 
+    @property
+    def may_lose(self) -> bool:
+        """Whether numbers that are not finite are found behind a step's passes, and end none."""
+        return self.scale is not None or not self.watch.is_strict
+
+    @property
+    def skips_lost(self) -> bool:
+        """Whether a step whose numbers are not finite is skipped."""
+        return self.scale is not None or self.watch.skips
+
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Puts buffers, random numbers, ``.grad`` and the solvers' memories back on an error.
@@ -222,10 +235,25 @@ class Trainer:
         if math.isfinite(found.loss) and math.isfinite(norm(self.gradients())):
             self.scale.grow()
             return False
-        if self._before_step is not None:
-            self._before_step.restore(self)
+        self.undo_step()
         self.scale.shrink()
         return True
+
+    def undo_step(self) -> None:
+        """Puts back what the backward passes of the present step have changed."""
+        if self._before_step is not None:
+            self._before_step.restore(self)
+
+    def trouble(self, found: Gradients) -> NonFiniteError | None:
+        """What is not finite in a step's numbers, unless that ends the run where it is found."""
+        if found.trouble is not None or self.watch.is_strict:
+            return found.trouble
+        try:
+            require_finite(found.loss, self.level.name, self.level.site)
+            self._require_finite(norm(self.gradients()))
+        except NonFiniteError as error:
+            return error
+        return None
 
     def backward(self, batches: tuple[Drawn, ...], ctx: Context) -> Gradients:
         """The ordinary backward passes of a level without lower levels, averaged over processes.
@@ -254,8 +282,8 @@ class Trainer:
         return self.average(Gradients(total, metrics))
 
     def _value_of(self, loss: Tensor) -> float:
-        """The loss as a number, which may be infinite where all processes will skip the step."""
-        if self.scale is not None:
+        """The loss as a number, which may be infinite where all processes decide on the step."""
+        if self.may_lose:
             return float(loss.detach())
         return require_finite(loss, self.level.name, self.level.site)
 
@@ -281,12 +309,12 @@ class Trainer:
         return Gradients(*point.reported(total, [metrics for _, metrics in outcomes]))
 
     def adopt(self, gradient: dict[str, Tensor], state: State) -> None:
-        """Takes a hypergradient as ``.grad``, and the own buffers of its pass."""
+        """Takes a hypergradient as ``.grad``, and the own buffers of its pass if it had an end."""
         with torch.no_grad():
             # copies: autograd may give one tensor for two parameters, or an expanded one
             self._assign({name: found.clone() for name, found in gradient.items()})
             for slot in self.level.loss.buffers:
-                if slot.child in self.level.own_children:
+                if slot.child in self.level.own_children and slot.key in state:
                     slot.tensor.copy_(state[slot.key])
 
     def _assign(self, gradient: Tree) -> None:
@@ -371,7 +399,7 @@ class Trainer:
         """Refuses a norm that is not finite."""
         if not math.isfinite(size):
             raise NonFiniteError(
-                f"the norm of the gradient is {size}.",
+                f"the norm of the gradient before clipping is {size}.",
                 expected="a finite number.",
                 remedy="use a smaller learning rate or clip_norm=, or look for operations "
                 "whose derivative is infinite, such as sqrt at 0.",

@@ -138,7 +138,10 @@ class Validation:
                     remedy="return numbers or tensors of one element.",
                     site=site,
                 )
-            metrics[str(name)] = float(number)
+            try:
+                metrics[str(name)] = float(number)
+            except OverflowError:  # an integer beyond the floats
+                metrics[str(name)] = math.inf if number > 0 else -math.inf
         return metrics
 
     def judge(self, metrics: Mapping[str, float]) -> bool:
