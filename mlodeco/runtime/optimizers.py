@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, distributed
 from torch.distributed.algorithms.join import Joinable
-from torch.optim import LBFGS, SparseAdam, SGD, Adam, Optimizer, Rprop
+from torch.optim import LBFGS, SGD, Adam, Optimizer, Rprop, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlodeco.calculus.optimizer_step import Group, OptimizerStep
