@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("examples_unroll")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
