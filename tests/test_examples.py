@@ -11,8 +11,6 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-pytestmark = pytest.mark.xdist_group("examples")
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("examples_levels")
-
 ROOT = Path(__file__).parent.parent
 NUMBER = r"-?\d+\.\d+"
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("examples_unroll")
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("examples_weak")
-
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("plain", "clean set only", "both pooled", "reweighted", "corrected", "two uppers")
 

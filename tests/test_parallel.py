@@ -37,8 +37,6 @@ from tests.parallel_worker import (
     validated,
 )
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 ROOT = Path(__file__).parent.parent
 
 

@@ -762,7 +762,6 @@ def processes(tmp_path_factory):
     return found
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("case", precision_worker.CASES)
 def test_an_overflow_in_one_process_skips_the_step_of_all(case, processes):
     first, second = (found[case] for found in processes)
@@ -775,7 +774,6 @@ def test_an_overflow_in_one_process_skips_the_step_of_all(case, processes):
     assert all(bool(t.isfinite().all()) for t in first["state"].values())
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp16", 0.001)])
 @pytest.mark.parametrize("method", precision_worker.METHODS)
 @pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")
