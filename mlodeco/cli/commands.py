@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 import mlodeco
+from mlodeco.cli.graphs import GraphForm, graph_form, show_graph
 from mlodeco.cli.outcome import outcome
 from mlodeco.cli.script import Shown, execute
 from mlodeco.cli.settings import Setting, read_setting
 from mlodeco.errors import MlodecoError, RunError
 from mlodeco.runtime import build, seed_all
 from mlodeco.runtime.launch import launched_rank
-from mlodeco.show import Form, GraphView, method_table
+from mlodeco.show import Form, method_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -126,15 +127,21 @@ def graph(
     arguments: Arguments = None,
     settings: Settings = None,
     form: Annotated[
-        Literal["text", "mermaid", "dot"], typer.Option("--format", help="What to print.")
-    ] = "text",
+        GraphForm | None,
+        typer.Option("--format", help="Text or a picture; default: as the file ends, else text."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; default: text is printed, a picture is named as the script."),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Show the dataflow graph of a script's program, and do not train it."""
+    found = graph_form(form, out)
 
     def draw(given: dict[str, Any]) -> None:
         if launched_rank() == 0:
-            _print_graph(given["program"].graph(), form)
+            show_graph(given["program"].graph(), found, out, script)
 
     _show(script, arguments, settings, draw, traceback=traceback)
 
@@ -173,21 +180,6 @@ def methods() -> None:
 
 _WIDTH = 110
 """Of the table where it is not for a terminal."""
-
-
-def _print_graph(view: GraphView, form: str) -> None:
-    console = Console()
-    if form == "text" and console.is_terminal:
-        console.print(view)
-    else:
-        print(_PICTURES[form](view))
-
-
-_PICTURES: Final[Mapping[str, Callable[[GraphView], str]]] = {
-    "text": str,
-    "mermaid": GraphView.to_mermaid,
-    "dot": GraphView.to_dot,
-}
 
 
 def _refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bool) -> None:

@@ -4,8 +4,17 @@ from mlodeco.calculus.randomness import preserved_randomness
 
 with preserved_randomness():  # rich draws a number from ``random`` when it is first imported
     from mlodeco.show.drawing import GraphView
+    from mlodeco.show.figures import FORMATS, save_figure
     from mlodeco.show.methods import method_table
     from mlodeco.show.progress import Form, make_display
     from mlodeco.show.report import Report
 
-__all__ = ["Form", "GraphView", "Report", "make_display", "method_table"]
+__all__ = [
+    "FORMATS",
+    "Form",
+    "GraphView",
+    "Report",
+    "make_display",
+    "method_table",
+    "save_figure",
+]

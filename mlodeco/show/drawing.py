@@ -1,9 +1,12 @@
-"""The dataflow graph as a person looks at it: text, a tree, Mermaid, Graphviz."""
+"""The dataflow graph as a person looks at it: text, a tree, a figure, Mermaid, Graphviz."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -11,14 +14,21 @@ from rich.tree import Tree
 
 from mlodeco.graph import Edge, Graph, sees_more
 from mlodeco.show.dot import to_dot
+from mlodeco.show.figures import has_matplotlib, save_figure, to_svg
 from mlodeco.show.mermaid import to_mermaid
+from mlodeco.show.picture import draw_graph
 from mlodeco.show.words import LOOKS, kinds, label, printable, rows
+
+if TYPE_CHECKING:
+    from mlodeco.show.figures import Figure
 
 _SHOWN_PATHS = 12
 
 
 class GraphView(Graph):
     """A graph that can be looked at: ``print(program.graph())``, or as a tree by rich, in colour.
+
+    A notebook shows it as a picture, if matplotlib is installed.
 
     Levels are listed with the highest first. Under each stand the levels that it reads:
     ``^`` lower to upper (a best response flows up, with its method), ``v`` upper to lower
@@ -49,6 +59,32 @@ class GraphView(Graph):
         ones have another colour; sideways edges are dashed, ordering alone is dotted.
         """
         return to_dot(self, self.methods)
+
+    def draw(self) -> Figure:
+        """The graph as a figure of matplotlib, as large as it needs to be.
+
+        A row for each depth, the highest on top. Lower-to-upper edges are solid, with filled
+        arrowheads, and bear their methods; upper-to-lower ones are dashed, with hollow ones;
+        sideways edges and ordering alone are thin. No line crosses a box or a text of another.
+
+        Raises:
+            RunError: matplotlib is not installed.
+        """
+        return draw_graph(self, self.methods)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the figure of :meth:`draw`, as its ending says: ``.svg``, ``.png`` or ``.pdf``.
+
+        The same graph gives the same file. In SVG the texts are texts.
+
+        Raises:
+            RunError: the file has another ending or cannot be written, or matplotlib is not
+                installed.
+        """
+        return save_figure(self.draw(), path)
+
+    def _repr_svg_(self) -> str | None:
+        return to_svg(self.draw()) if has_matplotlib() else None
 
     def __str__(self) -> str:
         lines: list[str] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from mlodeco.errors import RunError, quoted
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 FORMATS: Final = ("png", "svg", "pdf")
 """The endings of files that figures can be saved to."""
@@ -30,7 +33,20 @@ _STYLE: Final[Any] = {
     "savefig.dpi": 200,
     "savefig.bbox": "tight",
     "svg.hashsalt": "mlodeco",
+    "svg.fonttype": "none",
+    "text.usetex": False,
 }
+
+_METADATA: Final[Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+"""No time of day, so that a picture that is drawn again is the same file."""
+
+_LARGEST: Final = 2**15
+"""Pixels on a side: half of what can be drawn, and more than people look at."""
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 @contextmanager
@@ -67,10 +83,76 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
             remedy="give it another name.",
         )
     try:
-        with styled():
-            figure.savefig(found)
+        _write(figure, found, found.suffix[1:].lower())
     except OSError as error:
         raise RunError(
             f"no picture can be written to {str(path)!r}: {error}.", remedy="give another path."
         ) from error
     return found
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG, with its texts as texts."""
+    text = io.StringIO()
+    _write(figure, text, "svg")
+    return text.getvalue()
+
+
+def _write(figure: Figure, file: Path | io.StringIO, form: str) -> None:
+    with styled():
+        longest = max(figure.get_size_inches())
+        dpi = min(_STYLE["savefig.dpi"], _LARGEST / longest)
+        figure.savefig(file, format=form, dpi=dpi, metadata=_METADATA[form])
+
+
+def line_look(number: int) -> dict[str, Any]:
+    """The colour and dashes of a line by its number, of which 36 are told apart."""
+    turns, place = divmod(number, len(_COLOURS))
+    return {
+        "color": _COLOURS[place],
+        "linestyle": _DASHES[(place + turns) % len(_DASHES)],
+    }
+
+
+def make_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; to be called in :func:`styled`, as what follows."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def make_page() -> tuple[Figure, Axes]:
+    """A figure without frames, to draw on in points; :func:`fit_page` gives it its size."""
+    figure = make_figure(1, 1)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def fit_page(axes: Axes, left: float, bottom: float, right: float, top: float) -> None:
+    """Makes the figure just large enough for what is between, in points."""
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+    figure = axes.get_figure(root=True)
+    if figure is not None:
+        figure.set_size_inches((right - left) / 72, (top - bottom) / 72)
+
+
+def measure(axes: Axes, text: str, **options: Any) -> tuple[float, float]:
+    """The width and height of a text in points."""
+    artist = axes.text(0, 0, text, parse_math=False, **options)
+    extent = artist.get_window_extent()
+    artist.remove()
+    figure = axes.get_figure(root=True)
+    scale = 72 / figure.dpi if figure is not None else 1.0
+    return extent.width * scale, extent.height * scale
+
+
+def add_box(axes: Axes, x: float, y: float, width: float, height: float, **options: Any) -> None:
+    """Draws a rectangle with round corners around a middle."""
+    from matplotlib.patches import FancyBboxPatch
+
+    corner = (x - width / 2, y - height / 2)
+    style = f"round,pad=0,rounding_size={height / 4}"
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, **options))
