@@ -18,7 +18,7 @@ from mlodeco.api import (
 )
 from mlodeco.declare.replicas import Replicas
 from mlodeco.errors import MlodecoError, MlodecoWarning
-from mlodeco.runtime import Context, History, Result, Runner
+from mlodeco.runtime import Context, History, Result, Runner, read_history
 from mlodeco.show import Report
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "level",
     "method",
     "on",
+    "read_history",
     "run",
     "solve",
     "source",

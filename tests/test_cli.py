@@ -182,6 +182,60 @@ def test_graph_shows_and_does_not_train(form, session):
     assert session.program.built.tick == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "start"),
+    [
+        (["--format", "svg"], "script.svg", "<?xml"),
+        (["--format", "png"], "script.png", "\x89PNG"),
+        (["--out", "a.PDF"], "a.PDF", "%PDF"),
+        (["--out", "a.svg", "--format", "svg"], "a.svg", "<?xml"),
+        (["--out", "a.dot"], "a.dot", "digraph"),
+        (["--out", "a.mmd"], "a.mmd", "flowchart"),
+        (["--out", "a.txt"], "a.txt", "decay\n"),
+        (["--out", "a.gv", "--format", "dot"], "a.gv", "digraph"),
+    ],
+)
+def test_graph_writes_files(options, name, start, session, monkeypatch):
+    monkeypatch.chdir(session.folder)
+    found = session("graph", RUN + "print('trained')", *options)
+    assert found.exit_code == 0, found.output
+    assert found.stdout == f"{name}\n"
+    written = (session.folder / name).read_bytes()
+    assert written.startswith(start.encode("latin-1"))
+    session.program.graph().save(session.folder / "again.svg")
+    if name.endswith("svg"):
+        assert written == (session.folder / "again.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--out", "a.jpg"], 2, "'a.jpg' ends in none of"),
+        (["--out", "a"], 2, "name the format by"),
+        (["--out", "a.png", "--format", "svg"], 2, "does not end in '.svg'"),
+        (["--format", "jpg"], 2, "--format"),
+        (["--out", "none/a.svg"], 1, "no picture can be written"),
+        (["--out", "none/a.dot"], 1, "cannot be written to"),
+    ],
+)
+def test_files_that_graph_cannot_write(options, code, words, session, monkeypatch):
+    monkeypatch.chdir(session.folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    found = session("graph", "print('ran')\n" + RUN, *options)
+    assert found.exit_code == code
+    assert ("ran" in found.stdout) == (code == 1), "wrong usage is found before the script runs"
+    assert words in found.stderr
+    assert [path.name for path in session.folder.iterdir()] == ["script.py"]
+
+
+def test_pictures_need_matplotlib_and_say_so(session, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = session("graph", RUN, "--out", str(session.folder / "a.svg"))
+    assert found.exit_code == 1
+    assert "Remedy: pip install 'mlodeco[plots]'" in found.stderr
+    assert session("graph", RUN).exit_code == 0
+
+
 def test_check_compares_at_the_start_of_the_run(session):
     found = session(
         "check", RUN + "print('trained')", "--set", "decay.hypergrad=identity(scale=9.0)"
@@ -289,12 +343,13 @@ def test_a_script_must_be_there():
     assert CliRunner().invoke(app, ["run", "no_such_file.py"]).exit_code == 2
 
 
-def test_the_page_of_the_command_line_is_that_of_its_script(session):
+def test_the_page_of_the_command_line_is_that_of_its_script(session, monkeypatch):
     """Its script runs, and every command in it."""
+    monkeypatch.chdir(session.folder)
     text = (ROOT / "docs" / "command-line.md").read_text()
     script = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL).group(1)
     commands = re.findall(r"^mlodeco (\w+) script.py ?(.*)$", text, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command, options in commands:
         found = session(command, script, *shlex.split(options))
         assert found.exit_code == 0, found.output

@@ -16,9 +16,9 @@ from mlodeco.cli.outcome import outcome
 from mlodeco.cli.script import Shown, execute
 from mlodeco.cli.settings import Setting, read_setting
 from mlodeco.errors import MlodecoError, RunError
-from mlodeco.runtime import build, seed_all
+from mlodeco.runtime import build, read_history, seed_all
 from mlodeco.runtime.launch import launched_rank
-from mlodeco.show import Form, method_table
+from mlodeco.show import Form, method_table, plot_histories, save_figure
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,6 +172,31 @@ def check(
 
 
 @app.command()
+def plot(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", exists=True, file_okay=False, help="Folders of runs."),
+    ],
+    out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path(
+        "curves.png"
+    ),
+    level: Annotated[list[str] | None, typer.Option(help="A level; may be repeated.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="A validation metric; may be repeated.")
+    ] = None,
+    smooth: Annotated[
+        int | None, typer.Option(min=1, help="How many steps the smoothed line averages.")
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Draw the curves of runs, from the folders that they wrote by out=."""
+    with outcome(with_traceback=traceback):
+        runs = {name: read_history(folder) for name, folder in named(folders).items()}
+        figure = plot_histories(runs, level=level or (), metric=metric or (), smooth=smooth)
+        print(save_figure(figure, out))
+
+
+@app.command()
 def methods() -> None:
     """List the methods: what each solves, what it costs and when to use it."""
     is_terminal = Console().is_terminal
@@ -180,6 +205,16 @@ def methods() -> None:
 
 _WIDTH = 110
 """Of the table where it is not for a terminal."""
+
+
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by their names, or by their paths where two have the same name."""
+    unique = list(dict.fromkeys(folders))
+    names = [folder.resolve().name for folder in unique]
+    return {
+        name if names.count(name) == 1 else str(folder): folder
+        for name, folder in zip(names, unique, strict=True)
+    }
 
 
 def _refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bool) -> None:

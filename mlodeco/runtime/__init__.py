@@ -3,6 +3,7 @@
 from accelerate import Accelerator
 
 from mlodeco.runtime.build import Build, build
+from mlodeco.runtime.checkpoint.reading import read_history
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.history import History, SolveRecord, StepRecord, Tick, ValidationRecord
 from mlodeco.runtime.runner import Best, Listener, Result, Runner, seed_all
@@ -21,5 +22,6 @@ __all__ = [
     "Tick",
     "ValidationRecord",
     "build",
+    "read_history",
     "seed_all",
 ]

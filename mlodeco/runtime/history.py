@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from mlodeco.errors import RunError, counted, did_you_mean, quoted
+
+if TYPE_CHECKING:
+    from mlodeco.show.figures import Figure
 
 
 class SolveRecord(NamedTuple):
@@ -141,6 +144,30 @@ class History:
                 f"{did_you_mean(str(name), known)}",
             )
         return found
+
+    def plot(
+        self,
+        *,
+        level: str | Iterable[str] = (),
+        metric: str | Iterable[str] = (),
+        smooth: int | None = None,
+    ) -> Figure:
+        """The losses and validation metrics as a figure of matplotlib.
+
+        Args:
+            level: the levels to show; default: all, or none if ``metric`` is given.
+            metric: the metrics to show; default: all, or none if ``level`` is given.
+            smooth: about how many steps the thick line averages; 1 for none. Default: a fortieth
+                of them.
+
+        Raises:
+            RunError: there is no such level or metric, or nothing to show; or matplotlib is not
+                installed.
+        """
+        # the one import upwards: a history is asked for its picture, and does not draw it
+        from mlodeco.show.curves import plot_histories
+
+        return plot_histories({"": self}, level=level, metric=metric, smooth=smooth)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The steps as flat dictionaries, for a table.

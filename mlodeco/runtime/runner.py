@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals as Signal
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -93,6 +93,9 @@ from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
 from mlodeco.tree import is_shard
 
+if TYPE_CHECKING:
+    from mlodeco.show.figures import Figure
+
 
 @dataclass(frozen=True)
 class Best:
@@ -130,6 +133,10 @@ class Result:
     def skipped(self) -> dict[str, int]:
         """How many steps of each level were skipped, since their numbers were not finite."""
         return self.history.skipped
+
+    def plot(self, **options: Any) -> Figure:
+        """The losses and validation metrics as a figure: :meth:`History.plot`."""
+        return self.history.plot(**options)
 
 
 class Listener(Protocol):

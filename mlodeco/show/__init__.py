@@ -3,6 +3,7 @@
 from mlodeco.calculus.randomness import preserved_randomness
 
 with preserved_randomness():  # rich draws a number from ``random`` when it is first imported
+    from mlodeco.show.curves import plot_histories
     from mlodeco.show.drawing import GraphView
     from mlodeco.show.figures import FORMATS, save_figure
     from mlodeco.show.methods import method_table
@@ -16,5 +17,6 @@ __all__ = [
     "Report",
     "make_display",
     "method_table",
+    "plot_histories",
     "save_figure",
 ]

@@ -126,9 +126,8 @@ def count_crossings(rows: Rows) -> int:
 def place_rows(rows: Rows) -> None:
     """Gives each slot its ``x``, with at least :data:`GAP` between two of a row.
 
-    Minimizes the sum of ``weight |end - start|`` over all links by least squares whose weights
-    are made anew, row by row in turn: a line that has to bend does so at once and is straight
-    elsewhere.
+    Makes the sum of ``weight |end - start|`` over all links small, by least squares whose
+    weights are made anew, row by row in turn: lines bend where it matters least.
     """
     for row in rows:
         for left, right in pairwise(row):

@@ -21,6 +21,9 @@ from mlodeco.runtime.processes import Processes
 INTERVAL = 1.0
 """Seconds between two writes of metrics while a run is on."""
 
+METRICS = "metrics.jsonl"
+"""The file of the records in a run's folder."""
+
 ERRORS = ("warn", "raise")
 """What ``checkpoint_errors=`` may be."""
 
@@ -103,7 +106,7 @@ class Output:
     @property
     def metrics(self) -> Path:
         """The file of the records."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def newest(self) -> Path | None:
