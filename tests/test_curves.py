@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.optim import SGD
 from typer.testing import CliRunner
 
@@ -218,6 +220,14 @@ def test_what_a_run_lacks_is_left_out_of_its_curves():
     assert found == {"loss of weights": 2, "loss of other": 1, "error": 1}
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+
+
+def test_notebooks_show_the_curves():
+    formatters = pytest.importorskip("IPython.core.formatters")
+    shown, _ = formatters.DisplayFormatter().format(history([1.0, 2.0]).plot())
+    assert shown.keys() == {"image/png", "text/plain"}
+    with Image.open(io.BytesIO(shown["image/png"])) as picture:
+        assert 300 < picture.size[0] < 600
 
 
 # folders

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import matplotlib.style
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -324,6 +325,12 @@ def test_edges_are_told_apart_in_greys():
         shares[line.get_label()] = dark[row - 2 : row + 2, round(x) : round(end) - 12].any(0).mean()
     assert shares["lower-to-upper"] == 1
     assert 0.5 < shares["upper-to-lower"] < 0.8
+
+
+def test_a_dark_style_leaves_the_picture_as_it_is(tmp_path):
+    wanted = two_uppers().save(tmp_path / "a.svg").read_bytes()
+    with matplotlib.style.context("dark_background"):
+        assert two_uppers().save(tmp_path / "b.svg").read_bytes() == wanted
 
 
 def test_files_that_cannot_be_written(tmp_path):

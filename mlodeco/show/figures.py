@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import os
@@ -32,8 +33,10 @@ _STYLE: Final[Any] = {
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
     "savefig.bbox": "tight",
+    "savefig.facecolor": "auto",
     "svg.hashsalt": "mlodeco",
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "text.usetex": False,
 }
 
@@ -114,16 +117,31 @@ def line_look(number: int) -> dict[str, Any]:
     }
 
 
-def make_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches; to be called in :func:`styled`, as what follows."""
+@functools.cache
+def _shown_figure() -> type[Figure]:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height))
+    class ShownFigure(Figure):
+        """A figure that a notebook shows, which pyplot would see to otherwise."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            with styled():
+                self.savefig(file, format="png", dpi="figure")
+            return file.getvalue()
+
+    return ShownFigure
+
+
+def make_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; to be called in :func:`styled`, as what follows."""
+    return _shown_figure()(figsize=(width, height))
 
 
 def make_page() -> tuple[Figure, Axes]:
-    """A figure without frames, to draw on in points; :func:`fit_page` gives it its size."""
+    """A white figure without frames, to draw on in points; :func:`fit_page` gives it its size."""
     figure = make_figure(1, 1)
+    figure.set_facecolor("white")
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()

@@ -87,18 +87,17 @@ class _Plan:
         for name in graph.levels:
             self._make_ports(name)
         place_rows(self._rows)
-        self._bottoms = self._stack()
+        texts = set(self._text_rows.values())
+        # rows between boxes without any text are left out
+        drawn = [row for row in range(len(self._rows)) if not row % 2 or row in texts]
+        self._knots = {edge: self._knots_of(edge, drawn) for edge in self._chains}
+        self._bottoms = self._stack(drawn)
 
     def layout(self) -> Layout:
-        graph, rise = self._graph, self._box_height / 2
+        depths = self._graph.depths
         boxes = {
-            name: Rectangle(
-                self._levels[name].x,
-                self._middle(2 * graph.depths[name]),
-                self._levels[name].width,
-                2 * rise,
-            )
-            for name in graph.levels
+            name: Rectangle(slot.x, self._middle(2 * depths[name]), slot.width, self._box_height)
+            for name, slot in self._levels.items()
         }
         labels = {
             edge: Rectangle(
@@ -106,7 +105,7 @@ class _Plan:
             )
             for edge, size in self._labels.items()
         }
-        lines = {edge: self._line(edge) for edge in graph.edges}
+        lines = {edge: self._line(edge) for edge in self._graph.edges}
         return Layout(boxes, labels, lines)
 
     # what there is
@@ -173,14 +172,8 @@ class _Plan:
     def _height(self, row: int) -> float:
         return self._label_height if row % 2 else self._box_height + 2 * _STUB
 
-    def _stack(self) -> dict[int, float]:
-        """The bottoms of the rows; between two is more room the further lines go sideways.
-
-        Rows between boxes without any text are left out.
-        """
-        texts = set(self._text_rows.values())
-        rows = [row for row in range(len(self._rows)) if not row % 2 or row in texts]
-        self._knots = {edge: self._knots_of(edge, rows) for edge in self._chains}
+    def _stack(self, rows: Sequence[int]) -> dict[int, float]:
+        """The bottoms of rows; between two is more room the further lines go sideways."""
         shifts = dict.fromkeys(rows, 0.0)
         for knots in self._knots.values():
             for (row, x), (_, other) in pairwise(knots):

@@ -34,6 +34,7 @@ _LINES: Final = {
 _NAME: Final[dict[str, Any]] = {"fontsize": 11}
 _METHOD: Final[dict[str, Any]] = {"fontsize": 9}
 _ASIDE: Final[dict[str, Any]] = {"fontsize": 8}
+_INK: Final = "#1b1f24"
 _GREY: Final = "#57606a"
 _MARGIN: Final = 8.0
 _SAMPLE: Final = 34.0
@@ -51,8 +52,8 @@ def draw_graph(graph: Graph, methods: Methods) -> Figure:
         for edge, points in layout.lines.items():
             _draw_line(axes, edge, points)
         for name, box in layout.boxes.items():
-            add_box(axes, box.x, box.y, box.width, box.height, fc="white", ec="#1b1f24", zorder=4)
-            _write(axes, box.x, box.y, printable(name), _NAME, ha="center", zorder=5)
+            add_box(axes, box.x, box.y, box.width, box.height, fc="white", ec=_INK, zorder=4)
+            _write(axes, box.x, box.y, printable(name), _NAME, ha="center", c=_INK, zorder=5)
         for edge, spot in layout.labels.items():
             add_box(axes, spot.x, spot.y, spot.width, spot.height, fc="white", lw=0, zorder=3)
             colour = LOOKS[edge.kind].colour
@@ -130,6 +131,6 @@ def _draw_legend(
         y = bottom - height / 2 - 3
         _add_line(axes, kind, [(left, y), (left + _SAMPLE, y)], ">", kind.value)
         start = left + _SAMPLE + _MARGIN
-        _write(axes, start, y, meaning, _ASIDE)
+        _write(axes, start, y, meaning, _ASIDE, c=_INK)
         bottom, right = y - height / 2 - 3, max(right, start + width)
     return bottom, right
