@@ -81,6 +81,7 @@ def test_what_is_above_is_not_imported_with_a_module(path):
     assert not [name for name in modules if name and name.startswith("mlodeco.show")]
 
 
+LIBRARIES = {"torch", "accelerate", "filelock", "rich", "safetensors", "typer"}
 FORBIDDEN = {
     "errors": {"torch", "accelerate", "rich", "typer"},
     "declare": {"torch", "accelerate", "rich", "typer"},
@@ -104,7 +105,7 @@ def test_libraries_stay_in_their_parts(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_declared_libraries_are_imported(path):
-    allowed = {"torch", "accelerate", "rich", "safetensors", "typer", *sys.stdlib_module_names}
+    allowed = {*LIBRARIES, *sys.stdlib_module_names}
     assert libraries_imported(path) - EXTRAS.get(name_of(path), set()) <= allowed
 
 
