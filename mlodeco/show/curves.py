@@ -101,12 +101,8 @@ def find_panels(
             _add(panel, name, step.tick, math.nan if step.skipped else step.loss)
         for validation in history.validations:
             for metric, value in validation.metrics.items():
-                _add(
-                    values.setdefault(metric, Panel(metric, {}, False)),
-                    name,
-                    validation.tick,
-                    value,
-                )
+                panel = values.setdefault(metric, Panel(metric, {}, False))
+                _add(panel, name, validation.tick, value)
     if not losses and not values:
         raise RunError(
             "there is nothing to show: no step and no validation.",
