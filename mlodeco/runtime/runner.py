@@ -71,6 +71,7 @@ from mlodeco.runtime.history import (
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
+from mlodeco.runtime.memory import peak_memory
 from mlodeco.runtime.nonfinite import POLICIES, Watch, agree
 from mlodeco.runtime.optimizers import make_optimizer, warn_if_flat
 from mlodeco.runtime.overlap import passes_of
@@ -403,6 +404,16 @@ class Runner:
     def is_main(self) -> bool:
         """Whether this is the process that prints."""
         return self._processes.is_main
+
+    @property
+    def best(self) -> Best | None:
+        """The best validation so far; None if nothing is monitored."""
+        return self._best
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The most bytes of memory taken: by tensors on a GPU, else by the process."""
+        return peak_memory(self._accelerator.device)
 
     @property
     def _exact_mean(self) -> Mean | None:
