@@ -90,6 +90,7 @@ from mlodeco.runtime.scaling import make_scale
 from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
 from mlodeco.runtime.shares import TAILS, drawn_alike, share
 from mlodeco.runtime.sources import Sources
+from mlodeco.runtime.trackers import Trackers, check_trackers
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
 from mlodeco.tree import is_shard
@@ -179,6 +180,9 @@ class Runner:
         nonfinite: what becomes of a step whose loss, cotangent, solve or gradient is not finite:
             ``"raise"`` ends the run before it, ``"skip"`` leaves it out, up to 100 in a row,
             ``"warn"`` takes it. Overflows in float16 are skipped in any case.
+        log_with: the names of Accelerate's trackers, or objects of one's own, to which each tick
+            is logged; default: those of the Accelerator given.
+        project: what the trackers call the run.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -201,6 +205,8 @@ class Runner:
         resume: str | os.PathLike[str] | None = None,
         checkpoint_errors: str = "warn",
         nonfinite: str = "raise",
+        log_with: Any = None,
+        project: str = "mlodeco",
     ) -> None:
         saving = Saving(out, checkpoint_every, keep, resume, checkpoint_errors)
         saving.check()
@@ -228,7 +234,7 @@ class Runner:
         self._last_tick: int | None = None
         self._signum: int | None = None
         self._saved_at: tuple[int, int] | None = None
-        self._accelerator = make_accelerator(accelerator)
+        self._accelerator = _tracking_accelerator(accelerator, log_with, out)
         self._precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
         )
@@ -239,6 +245,9 @@ class Runner:
         )
         with self._processes.ended_together(), _quiet(self._processes):
             self._begin(registry, seed, saving)
+        tracked = self._accelerator.log_with or self._accelerator.trackers
+        if self.is_main and tracked:
+            self.listeners.append(Trackers(self._accelerator, project, self.built))
 
     def _begin(self, registry: Registry, seed: int | None, saving: Saving) -> None:
         """Seeds, builds and resumes; if that fails, random numbers are as before."""
@@ -1084,6 +1093,25 @@ class Runner:
         ctx = self._context(None)
         self._hooks.fire(event, ctx=ctx, **offered)
         self._stop_reason = self._stop_reason or ctx.stop_reason
+
+
+def _tracking_accelerator(
+    given: Accelerator | None, log_with: Any, out: str | os.PathLike[str] | None
+) -> Accelerator:
+    """The Accelerator of a run, with the trackers that were asked for.
+
+    Raises:
+        RunError: a tracker cannot be made, or they are asked for in two places.
+    """
+    if log_with is None:
+        return make_accelerator(given)
+    if given is not None:
+        raise RunError(
+            "log_with= and accelerator= are both given.",
+            expected="trackers in one place.",
+            remedy="make the Accelerator with them: Accelerator(log_with=..., project_dir=...).",
+        )
+    return make_accelerator(None, log_with=check_trackers(log_with, out), project_dir=out)
 
 
 class _Placer:

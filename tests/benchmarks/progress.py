@@ -1,9 +1,9 @@
 """What the display of a run costs: its processor time, beside that of the ticks.
 
-A run has a clock around every call of its display, and around the drawings among them. So the share of the display is measured in the run itself,
-where other work on the machine meets both. Whole runs with a display and without, in turn, give
-the ratio of their processor times beside it, which on a busy machine is noisier than the share is
-large.
+A run has a clock around every call of its display, and around the drawings among them. So the
+share of the display is measured in the run itself, where other work on the machine meets both.
+Whole runs with a display and without, in turn, give the ratio of their processor times beside it,
+which on a busy machine is noisier than the share is large.
 
     python -m tests.benchmarks.progress --rounds 9
 """
