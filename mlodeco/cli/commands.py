@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 import mlodeco
-from mlodeco.cli.outcome import outcome
-from mlodeco.cli.script import Shown, execute
-from mlodeco.cli.settings import Setting, read_setting
+from mlodeco.declare.registry import LEVEL_OPTIONS
 from mlodeco.errors import MlodecoError, RunError
-from mlodeco.runtime import build, seed_all
-from mlodeco.runtime.launch import launched_rank
-from mlodeco.show import Form, GraphView, method_table
+
+# what needs torch is imported where it is used: help and completion do not wait for it
+if TYPE_CHECKING:
+    from mlodeco.cli.settings import Setting
+    from mlodeco.show import GraphView
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 fine, 1 an error of the script or its program, 2 a wrong command line, "
-    "130 Ctrl-C. A script's own sys.exit(n) is kept.",
+    "130 Ctrl-C, 143 SIGTERM. A script's own sys.exit(n) is kept.",
 )
+
+
+def _complete_setting(incomplete: str) -> list[str]:
+    """The options of a level; its name is known to the script alone."""
+    level, point, option = incomplete.partition(".")
+    return [f"{level}.{one}=" for one in LEVEL_OPTIONS if point and one.startswith(option)]
+
 
 Script = Annotated[
     Path,
@@ -41,6 +49,7 @@ Settings = Annotated[
         "--set",
         metavar="LEVEL.OPTION=VALUE",
         help="An option of a level, over the script's; may be repeated.",
+        autocompletion=_complete_setting,
     ),
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show the whole of tracebacks.")]
@@ -52,8 +61,24 @@ Nested = Annotated[
 
 
 def main() -> None:
-    """The entry point."""
-    app(prog_name="mlodeco")
+    """The entry point; of a wrong command line the main process alone tells."""
+    if _is_main():
+        app(prog_name="mlodeco")
+    try:
+        sys.exit(app(prog_name="mlodeco", standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        sys.exit(error.exit_code)
+
+
+def _is_main() -> bool:
+    """Whether this is the process that prints, of those that were launched."""
+    if "RANK" not in os.environ:
+        return True
+    from mlodeco.runtime.launch import launched_rank
+
+    return launched_rank() == 0
 
 
 def _show_version(wanted: bool) -> None:
@@ -80,7 +105,10 @@ def run(
     settings: Settings = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Ticks to run.")] = None,
     seed: Seed = None,
-    progress: Annotated[Form | None, typer.Option(help="How progress is shown.")] = None,
+    progress: Annotated[
+        Literal["auto", "live", "plain", "off"] | None,
+        typer.Option(help="How progress is shown."),
+    ] = None,
     nested: Nested = None,
     reduce: Annotated[
         Literal["exact", "once"] | None,
@@ -98,6 +126,34 @@ def run(
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile second-derivative products."),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder for metrics and checkpoints.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ticks between two checkpoints.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="How many of the newest are kept.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|DIR", help="Go on from the newest checkpoint in --out, or from one."
+        ),
+    ] = None,
+    checkpoint_errors: Annotated[
+        Literal["warn", "raise"] | None,
+        typer.Option(help="What becomes of a run whose checkpoint cannot be written."),
+    ] = None,
+    nonfinite: Annotated[
+        Literal["raise", "skip", "warn"] | None,
+        typer.Option(help="What becomes of a step whose numbers are not finite."),
+    ] = None,
+    log_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A tracker, such as tensorboard; may be repeated."),
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="What trackers call the run.")] = None,
     traceback: Traceback = False,
 ) -> None:
     """Run a script; options go over those of its first mlodeco.run().
@@ -133,7 +189,7 @@ def graph(
     """Show the dataflow graph of a script's program, and do not train it."""
 
     def draw(given: dict[str, Any]) -> None:
-        if launched_rank() == 0:
+        if _is_main():
             _print_graph(given["program"].graph(), form)
 
     _show(script, arguments, settings, draw, traceback=traceback)
@@ -149,9 +205,12 @@ def check(
     ] = None,
     seed: Seed = None,
     nested: Nested = None,
+    at: Annotated[
+        int | None, typer.Option(min=1, metavar="TICK", help="Train so many ticks before.")
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Compare hypergradients with converged ones where training would start."""
+    """Compare hypergradients with converged ones where training would start, or later."""
 
     def compare(given: dict[str, Any]) -> None:
         _compare(
@@ -159,6 +218,7 @@ def check(
             level or [],
             seed=given.get("seed") if seed is None else seed,
             nested=given.get("nested", False) if nested is None else nested,
+            at=at,
         )
 
     _show(script, arguments, settings, compare, traceback=traceback)
@@ -167,6 +227,10 @@ def check(
 @app.command()
 def methods() -> None:
     """List the methods: what each solves, what it costs and when to use it."""
+    from rich.console import Console
+
+    from mlodeco.show import method_table
+
     is_terminal = Console().is_terminal
     Console(width=None if is_terminal else _WIDTH).print(method_table())
 
@@ -176,18 +240,14 @@ _WIDTH = 110
 
 
 def _print_graph(view: GraphView, form: str) -> None:
+    from rich.console import Console
+
     console = Console()
     if form == "text" and console.is_terminal:
         console.print(view)
     else:
-        print(_PICTURES[form](view))
-
-
-_PICTURES: Final[Mapping[str, Callable[[GraphView], str]]] = {
-    "text": str,
-    "mermaid": GraphView.to_mermaid,
-    "dot": GraphView.to_dot,
-}
+        forms = {"text": view.__str__, "mermaid": view.to_mermaid, "dot": view.to_dot}
+        print(forms[form]())
 
 
 def _refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bool) -> None:
@@ -200,18 +260,42 @@ def _refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bo
             f"{script.name} trains by a Runner of its own, which options do not reach.",
             remedy="call mlodeco.run() in the script, or leave the options out.",
         )
+    from mlodeco.cli.script import Shown
+
     raise Shown
 
 
+_OF_TRAINING = (
+    "program",
+    "accelerator",
+    "reduce",
+    "tails",
+    "compile",
+    "mixed_precision",
+    "nonfinite",
+)
+"""Arguments of a run that training before a check has too; nothing is written."""
+
+
 def _compare(
-    given: dict[str, Any], levels: Sequence[str], *, seed: int | None, nested: bool
+    given: dict[str, Any],
+    levels: Sequence[str],
+    *,
+    seed: int | None,
+    nested: bool,
+    at: int | None,
 ) -> None:
+    from mlodeco.runtime import build, seed_all
+
     program = given["program"]
-    if seed is not None:
+    if at is not None:
+        options = {name: given[name] for name in _OF_TRAINING if name in given}
+        mlodeco.run(at, seed=seed, nested=nested, progress="off", **options)
+    elif seed is not None:
         seed_all(seed)
     # shards are made, and made whole, by all processes together
     built = build(program)
-    is_main = launched_rank() == 0
+    is_main = _is_main()
     if not is_main and not any(one.is_sharded for one in built.levels.values()):
         return
     found = levels or [
@@ -233,7 +317,8 @@ def _compare(
 def _options_of_run(context: typer.Context) -> dict[str, Any]:
     """What the command line gives of the arguments of ``mlodeco.run``."""
     known = inspect.signature(mlodeco.run).parameters
-    return {k: v for k, v in context.params.items() if k in known and v is not None}
+    # a list that is not given may be empty
+    return {k: v for k, v in context.params.items() if k in known and v not in (None, [], ())}
 
 
 def _show(
@@ -245,6 +330,7 @@ def _show(
     traceback: bool,
 ) -> None:
     """Shows what a script would train."""
+    from mlodeco.cli.script import Shown
 
     def act(run: object, given: dict[str, Any]) -> NoReturn:
         show(given)
@@ -261,6 +347,10 @@ def _execute(
     *,
     traceback: bool,
 ) -> None:
+    from mlodeco.cli.outcome import outcome
+    from mlodeco.cli.script import execute
+    from mlodeco.cli.settings import read_setting
+
     try:
         read: list[Setting] = [read_setting(text) for text in settings or ()]
     except MlodecoError as error:

@@ -124,7 +124,9 @@ class Trackers:
         self._are_own = True
         # what was logged beyond the checkpoint is hidden
         options = {"tensorboard": {"purge_step": first}} if first > 1 else {}
-        with _attributed(f"as the trackers {quoted(map(_name, accelerator.log_with))} were started"):
+        with _attributed(
+            f"as the trackers {quoted(map(_name, accelerator.log_with))} were started"
+        ):
             accelerator.init_trackers(self._project, _configuration(self._built), options)
 
     def _log(self, values: Mapping[str, float], tick: int) -> None:
