@@ -88,21 +88,31 @@ class PlainDisplay:
 
     def _state(self) -> str:
         levels = self._readings.levels.items()
-        losses = "  ".join(f"{printable(name)} {level.loss.value:.4g}" for name, level in levels)
+        losses = (f"{printable(name)} {level.loss.value:.4g}" for name, level in levels)
         skipped = sum(level.skipped for _, level in levels)
-        told = [losses, f"{skipped} skipped" if skipped else "", *self._readings.metrics()]
-        return "  |  ".join(part for part in (told[0], "  ".join(filter(None, told[1:]))) if part)
+        told = f"{skipped} skipped" if skipped else ""
+        return _joined(
+            "  |  ", _joined("  ", *losses), told, _joined("  ", *self._readings.metrics())
+        )
 
     def _print_state(self) -> None:
         readings, state = self._readings, self._state()
         self._last = readings.done, state
-        left = readings.remaining if readings.done < readings.wanted else None
-        told = [f"step {readings.done}/{readings.wanted}  {state}", readings.memory()]
-        told.append("" if left is None else f"{spell_time(left)} left")
-        self._print("  |  ".join(filter(None, (told[0], ", ".join(filter(None, told[1:]))))))
+        line = f"step {readings.done}/{readings.wanted}  {state}"
+        self._print(_joined("  |  ", line, _joined(", ", _left(readings), readings.memory())))
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+def _left(readings: Readings) -> str:
+    seconds = readings.remaining
+    return "" if seconds is None else f"{spell_time(seconds)} left"
+
+
+def _joined(between: str, *parts: str) -> str:
+    """Those of the parts that are not empty."""
+    return between.join(filter(None, parts))
 
 
 class View(JupyterMixin):
@@ -119,7 +129,7 @@ class View(JupyterMixin):
         readings = self._readings
         yield self._bar()
         yield _table(readings, options.max_width)
-        metrics = "  ".join(readings.metrics())
+        metrics = _joined("  ", *readings.metrics())
         if metrics:
             yield Text(f"validation: {metrics}")
         if self._reason:
@@ -127,25 +137,23 @@ class View(JupyterMixin):
 
     def _bar(self) -> Table:
         readings = self._readings
-        left = readings.remaining
-        told = [
-            f"{readings.done}/{readings.wanted}",
-            spell_time(readings.elapsed),
-            "" if left is None else f"{spell_time(left)} left",
-            readings.memory(),
-        ]
+        told = (spell_time(readings.elapsed), _left(readings), readings.memory())
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(max(readings.wanted, 1), readings.done, width=None)
         for _ in range(3):
             line.add_column(no_wrap=True)
         line.columns[1].ratio, line.expand = 1, True
         line.columns[1].max_width = 40
-        line.add_row(Text("step", style="bold"), bar, Text("  ".join(filter(None, told))))
+        line.add_row(
+            Text("step", style="bold"),
+            bar,
+            Text(_joined("  ", f"{readings.done}/{readings.wanted}", *told)),
+        )
         return line
 
 
-_COLUMNS = ("level", "step", "loss", "gradient", "steps/s", "rate", "cosine", "solve", "skipped")
-_SPARED = ("rate", "cosine", "gradient", "steps/s", "solve")
+_COLUMNS = ("level", "step", "loss", "gradient", "steps/s", "lr", "cosine", "solve", "skipped")
+_SPARED = ("lr", "cosine", "gradient", "steps/s", "solve")
 """Columns that a narrow terminal does without, those to go first in front."""
 
 _GAP = 2

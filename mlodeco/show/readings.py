@@ -136,8 +136,10 @@ class Readings:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that the rest takes if its ticks are like those before; None before the first."""
-        return self.elapsed / self.done * (self.wanted - self.done) if self.done else None
+        """Seconds that the rest takes if its ticks are like those before; None if not known."""
+        if not 0 < self.done < self.wanted:
+            return None
+        return self.elapsed / self.done * (self.wanted - self.done)
 
     def metrics(self) -> Iterator[str]:
         """Each newest validation metric, and the best of that which is monitored."""
