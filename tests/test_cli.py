@@ -359,12 +359,13 @@ def test_a_script_must_be_there():
     assert CliRunner().invoke(app, ["run", "no_such_file.py"]).exit_code == 2
 
 
-def test_the_page_of_the_command_line_is_that_of_its_script(session):
+def test_the_page_of_the_command_line_is_that_of_its_script(session, monkeypatch):
     """Its script runs, and every command in it."""
+    monkeypatch.chdir(session.folder)
     text = (ROOT / "docs" / "command-line.md").read_text()
     script = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL).group(1)
     commands = re.findall(r"^mlodeco (\w+) script.py ?(.*)$", text, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command, options in commands:
         found = session(command, script, *shlex.split(options))
         assert found.exit_code == 0, found.output

@@ -138,17 +138,13 @@ class View(JupyterMixin):
     def _bar(self) -> Table:
         readings = self._readings
         told = (spell_time(readings.elapsed), _left(readings), readings.memory())
-        line = Table.grid(padding=(0, 1))
         bar = ProgressBar(max(readings.wanted, 1), readings.done, width=None)
-        for _ in range(3):
-            line.add_column(no_wrap=True)
-        line.columns[1].ratio, line.expand = 1, True
-        line.columns[1].max_width = 40
-        line.add_row(
-            Text("step", style="bold"),
-            bar,
-            Text(_joined("  ", f"{readings.done}/{readings.wanted}", *told)),
-        )
+        done = _joined("  ", f"{readings.done}/{readings.wanted}", *told)
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        line.add_row(Text("step", style="bold"), bar, Text(done))
         return line
 
 
