@@ -339,6 +339,21 @@ def test_a_narrow_terminal_has_whole_columns(width, name):
     assert ("gradient" in titles) == (width >= (80 if name == "low" else 200))
 
 
+def test_more_levels_than_a_terminal_has_lines():
+    """They are cut while the run is on, so that the cursor finds back; all are there at its end."""
+    program = Program()
+    for number in range(12):
+        program.level(
+            f"level{number}", module={"x": torch.ones(1)}, optimizer=partial(SGD, lr=0.1)
+        )(lambda m: (m.x**2).sum())
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=6)
+    run_with(LiveDisplay(console), 300, program)
+    text = console.file.getvalue()
+    assert text.count("level11") == 1
+    assert text.count("level2") > 1
+    assert text.index("level11") > text.rindex("300/300")
+
+
 def test_the_best_validation_and_skipped_steps_are_told(terminal):
     def program():
         found, values = make(), iter([0.5, 0.25, 0.75])

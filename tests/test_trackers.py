@@ -265,6 +265,12 @@ def test_a_package_that_is_missing_is_named():
         run(1, log_with="wandb")
 
 
+def test_no_trackers_are_none():
+    run(1, log_with=[])
+
+
 def test_trackers_are_asked_for_in_one_place():
+    with pytest.raises(RunError, match="project=3"):
+        run(1, log_with=Notebook(), project=3)
     with pytest.raises(RunError, match="both given"):
         run(1, log_with=Notebook(), accelerator=Accelerator())

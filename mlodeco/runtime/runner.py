@@ -234,7 +234,7 @@ class Runner:
         self._last_tick: int | None = None
         self._signum: int | None = None
         self._saved_at: tuple[int, int] | None = None
-        self._accelerator = _tracking_accelerator(accelerator, log_with, out)
+        self._accelerator = _tracking_accelerator(accelerator, log_with, project, out)
         self._precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
         )
@@ -1096,13 +1096,20 @@ class Runner:
 
 
 def _tracking_accelerator(
-    given: Accelerator | None, log_with: Any, out: str | os.PathLike[str] | None
+    given: Accelerator | None,
+    log_with: Any,
+    project: str,
+    out: str | os.PathLike[str] | None,
 ) -> Accelerator:
     """The Accelerator of a run, with the trackers that were asked for.
 
     Raises:
         RunError: a tracker cannot be made, or they are asked for in two places.
     """
+    if not isinstance(project, str):
+        raise RunError(
+            f"project={project!r}.", expected="a name.", remedy="project='first', for instance."
+        )
     if log_with is None:
         return make_accelerator(given)
     if given is not None:
@@ -1111,7 +1118,8 @@ def _tracking_accelerator(
             expected="trackers in one place.",
             remedy="make the Accelerator with them: Accelerator(log_with=..., project_dir=...).",
         )
-    return make_accelerator(None, log_with=check_trackers(log_with, out), project_dir=out)
+    trackers = check_trackers(log_with, out)
+    return make_accelerator(None, log_with=trackers or None, project_dir=out)
 
 
 class _Placer:
