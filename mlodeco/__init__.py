@@ -1,25 +1,29 @@
 """Multilevel optimization on PyTorch: decorate the training functions that you have, and run."""
 
-from mlodeco import errors, hypergrad, tree
-from mlodeco.api import (
-    Program,
-    check,
-    current_program,
-    hypergradient,
-    level,
-    method,
-    on,
-    run,
-    solve,
-    source,
-    track,
-    update,
-    validate,
-)
-from mlodeco.declare.replicas import Replicas
-from mlodeco.errors import MlodecoError, MlodecoWarning
-from mlodeco.runtime import Context, History, Result, Runner, read_history
-from mlodeco.show import Report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlodeco import errors, hypergrad, tree
+    from mlodeco.api import (
+        Program,
+        check,
+        current_program,
+        hypergradient,
+        level,
+        method,
+        on,
+        run,
+        solve,
+        source,
+        track,
+        update,
+        validate,
+    )
+    from mlodeco.declare.replicas import Replicas
+    from mlodeco.errors import MlodecoError, MlodecoWarning
+    from mlodeco.runtime import Context, History, Result, Runner, read_history
+    from mlodeco.show import Report
 
 __version__ = "0.1.0"
 
@@ -51,3 +55,23 @@ __all__ = [
     "update",
     "validate",
 ]
+
+_MODULES = ("errors", "hypergrad", "tree")
+_HOMES = ("api", "declare.replicas", "errors", "runtime", "show")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the library, and torch with it, when something of it is first asked for.
+
+    The command line says what it can do without waiting for that.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    homes = (vars(import_module(f"{__name__}.{home}")) for home in _HOMES)
+    return globals().setdefault(name, next(home[name] for home in homes if name in home))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -171,6 +171,8 @@ def run(
     resume: str | os.PathLike[str] | None = None,
     checkpoint_errors: str = "warn",
     nonfinite: Literal["raise", "skip", "warn"] = "raise",
+    log_with: Any = None,
+    project: str = "mlodeco",
 ) -> Result:
     """Trains every level of a program for ``steps`` ticks.
 
@@ -213,6 +215,10 @@ def run(
             ``"raise"`` ends the run before it; ``"skip"`` leaves it out, and ends the run after
             100 in a row; ``"warn"`` takes it, where a solve failed with a hypergradient of NaN.
             Warns once a level and cause. Overflows in float16 are skipped in any case.
+        log_with: ``"tensorboard"`` or another of Accelerate's trackers, an
+            ``accelerate.tracking.GeneralTracker``, or a list of these: each tick is logged to
+            them. Default: those of the Accelerator given. What a tracker raises ends the run.
+        project: what the trackers call the run; TensorBoard writes to this folder in ``out``.
 
     Returns:
         The history, the best validation and why the run ended.
@@ -240,6 +246,8 @@ def run(
         resume=resume,
         checkpoint_errors=checkpoint_errors,
         nonfinite=nonfinite,
+        log_with=log_with,
+        project=project,
     )
     if display is not None and runner.is_main:
         runner.listeners.append(display)

@@ -23,6 +23,7 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import (
     DataLoaderConfiguration,
     DDPCommunicationHookType,
@@ -647,6 +648,28 @@ def told():
     return seen
 
 
+class Counting(GeneralTracker):
+    """Notes the ticks that it is told of."""
+
+    name = "counting"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self):
+        super().__init__()
+        self.ticks = []
+
+    def log(self, values, step=None, **kwargs):
+        self.ticks.append(step)
+
+
+def tracked():
+    """What a tracker is told of in each process."""
+    tracker = Counting()
+    mlodeco.run(2, program=bilevel("identity", 2), progress="off", log_with=tracker)
+    return tracker.ticks
+
+
 def drifts():
     """A hook that moves parameters by random numbers of each process."""
     program = bilevel("identity", 2)
@@ -721,7 +744,7 @@ def healthy():
     for name in ("neumann", "sama", "unroll", "cg"):
         found[f"once {name}"] = count_collectives(METHODS[name], reduce="once")
     found["exact"] = count_collectives("neumann")
-    extra = (samples, stops, buffers, told, drifts, accelerators, refused)
+    extra = (samples, stops, buffers, told, tracked, drifts, accelerators, refused)
     found |= {f.__name__: f() for f in extra}
     return found | {"validated": validated(2), "differs": differs()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import tomllib
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -23,12 +25,17 @@ from typer.testing import CliRunner
 
 import mlodeco
 from mlodeco import MlodecoError, Program
-from mlodeco.cli import app
+from mlodeco.cli import app, commands
 from mlodeco.cli.settings import apply_settings, read_setting
 from mlodeco.declare.registry import LEVEL_OPTIONS
 from mlodeco.errors import OptimizerError, RunError
 from mlodeco.hypergrad import CG, NAMES, Guide, Neumann, read_method, spell
 from mlodeco.hypergrad.options import Options
+from mlodeco.runtime.checkpoint.output import ERRORS
+from mlodeco.runtime.nonfinite import POLICIES
+from mlodeco.runtime.processes import REDUCTIONS
+from mlodeco.runtime.shares import TAILS
+from mlodeco.show.progress import FORMS
 from tests.launching import LAUNCHERS, launched
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +139,52 @@ def test_other_options_of_run_are_passed_on(option, session, monkeypatch):
     )
     assert seen["nested"] is (option != "--no-nested")
     assert seen["reduce"] == ("once" if "once" in option else "exact")
+
+
+def test_a_run_is_kept_and_goes_on(session):
+    out = session.folder / "out"
+    kept = (
+        "--out",
+        str(out),
+        "--checkpoint-every",
+        "2",
+        "--keep",
+        "1",
+        "--checkpoint-errors=raise",
+    )
+    more = ("--nonfinite", "skip", "--log-with", "tensorboard", "--project", "mine")
+    found = session("run", RUN, *kept, *more)
+    assert found.exit_code == 0, found.output
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["000000004"]
+    assert list((out / "mine").glob("events.*"))
+    assert session("run", RUN, *kept).exit_code == 1
+    found = session("run", RUN + "print('over')", *kept, "--resume", "auto", "--steps", "6")
+    assert found.stdout == "over\n"
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tick"] for line in lines] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    one = str(out / "checkpoints" / "000000006")
+    found = session("run", RUN + "print('over')", "--resume", one, "--steps", "7")
+    assert found.stdout == "over\n", found.output
+
+
+def test_trackers_that_are_not_known(session):
+    found = session("run", RUN, "--log-with", "tensorbord")
+    assert found.exit_code == 1
+    assert "Did you mean 'tensorboard'?" in found.stderr
+
+
+@pytest.mark.parametrize(("signal", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_a_run_that_is_kept(signal, code, session):
+    text = HEAD + (
+        "import signal\n"
+        "@mlodeco.on('after_step', level='decay')\n"
+        f"def end(): signal.raise_signal(signal.{signal})\n"
+        "run(10, progress='off')\nprint('not reached')"
+    )
+    found = session("run", text, "--out", str(session.folder / "out"))
+    assert found.exit_code == code
+    assert found.stdout == ""
+    assert found.stderr.count(f"{signal} ended the run at tick 2; go on with") == 1
 
 
 def test_the_program_of_the_first_run_is_the_one_that_is_set(session):
@@ -251,12 +304,27 @@ def test_check_compares_at_the_start_of_the_run(session):
     assert session.weight != weight
     nested = session("check", RUN, "--nested", "--set", "decay.hypergrad=cg")
     assert "Eq. (2) against nested" in nested.stdout
+    session("check", RUN)
+    before = session.weight
+    for options in ("--at", "6"), ("--at", "6", "--seed", "3"):
+        later = session("check", HEAD + "run(100, seed=3, out='never')", *options)
+        assert "Neumann()" in later.stdout, later.output
+        assert session.program.built.tick == 6
+        assert session.weight != before
+    assert later.stderr == ""
+    assert not Path("never").exists()
     unknown = session("check", RUN, "--level", "dekay")
     assert unknown.exit_code == 1
     assert "Did you mean 'decay'?" in unknown.stderr
     alone = session("check", RUN, "--set", "decay.lower=[]", "--set", "weights.inner_steps=1")
     assert alone.exit_code == 1
     assert "no level has a path" in alone.stderr
+
+
+def test_check_says_what_to_do_where_nothing_flows(session):
+    text = HEAD.replace("+ decay.log.exp() * model.weight", "+ decay.log**2 * model.weight")
+    found = session("check", text + "run(1)")
+    assert "check again after some ticks: mlodeco check --at 10" in " ".join(found.stdout.split())
 
 
 def test_methods_lists_every_method():
@@ -324,6 +392,8 @@ def test_other_ends(end, code, session):
         ["--steps", "0"],
         ["--unknown"],
         ["--reduce", "never"],
+        ["--keep", "0"],
+        ["--nonfinite", "ignore"],
         ["--set", "inner_steps=3"],
         ["--set", "weights.inner_stps=3"],
         ["--set", "weights.module=3"],
@@ -368,6 +438,80 @@ def test_help_and_version(options):
     assert ("Exit codes" in found.stdout) == (options[0] in ("--help", "-h"))
     if options == ["--version"]:
         assert found.stdout == f"mlodeco {mlodeco.__version__}\n"
+
+
+LIGHT = """
+import sys
+from typer.testing import CliRunner
+from mlodeco.cli import app, commands
+for options in ["--help"], ["run", "--help"], ["--version"], ["run", "no_such_file.py"]:
+    CliRunner().invoke(app, options)
+assert not {"torch", "accelerate"} & sys.modules.keys()
+"""
+
+
+def python(*options, **environment):
+    return subprocess.run(
+        [sys.executable, *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_does_not_wait_for_torch():
+    done = python("-c", LIGHT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_choices_of_the_command_line_are_those_of_run():
+    hints = get_type_hints(commands.run)
+    found = {name: get_args(get_args(hint)[0]) for name, hint in hints.items() if get_args(hint)}
+    choices = {
+        "progress": FORMS,
+        "reduce": REDUCTIONS,
+        "tails": TAILS,
+        "checkpoint_errors": ERRORS,
+        "nonfinite": POLICIES,
+    }
+    assert {name: set(found[name]) for name in choices} == {n: set(c) for n, c in choices.items()}
+    options = {*inspect.signature(mlodeco.run).parameters} - {"program", "accelerator"}
+    assert options <= hints.keys()
+
+
+@pytest.mark.parametrize("options", [["run", "no_such_file.py"], ["run"], ["--unknown"]])
+def test_a_wrong_command_line_is_told_of_by_the_main_process(options):
+    for rank in "01":
+        done = python("-m", "mlodeco", *options, RANK=rank, WORLD_SIZE="2")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert ("Usage:" in done.stderr) == (rank == "0")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("mlodeco ch", ["check"]),
+        ("mlodeco run script.py --checkpoint-", ["--checkpoint-every", "--checkpoint-errors"]),
+        ("mlodeco run script.py --set weights.inn", ["weights.inner_steps="]),
+        ("mlodeco run script.py --nonfinite s", ["skip"]),
+    ],
+)
+def test_a_shell_completes(words, wanted):
+    shell = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = python("-m", "mlodeco", _MLODECO_COMPLETE="complete_bash", **shell)
+    assert done.stdout.split() == wanted, done.stderr
+
+
+def test_completion_is_installed(tmp_path):
+    home = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = python("-m", "mlodeco", "--show-completion", "bash", **home)
+    assert "_MLODECO_COMPLETE=complete_bash" in done.stdout, done.stderr
+    done = python("-m", "mlodeco", "--install-completion", "bash", **home)
+    assert done.returncode == 0, done.stderr
+    assert "mlodeco" in (tmp_path / ".bashrc").read_text()
 
 
 # settings

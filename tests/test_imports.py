@@ -109,7 +109,7 @@ def test_only_declared_libraries_are_imported(path):
     assert libraries_imported(path) - EXTRAS.get(name_of(path), set()) <= allowed
 
 
-EXTRAS = {"show/figures.py": {"matplotlib", "cycler"}}
+EXTRAS = {"show/figures.py": {"matplotlib", "cycler"}, "show/progress.py": {"IPython"}}
 """Libraries that are not always there, and the files that may ask for them."""
 
 
@@ -141,6 +141,7 @@ settings = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_thr
 with warnings.catch_warnings():
     warnings.simplefilter("error")
     import mlodeco
+    mlodeco.run
 after = torch.get_rng_state(), random.getstate(), repr(numpy.random.get_state())
 assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 assert settings == (
@@ -150,6 +151,28 @@ assert mlodeco.api.DEFAULT.levels == {}
 assert not torch.cuda.is_initialized()
 print("done")
 """
+
+
+LIGHT = """
+import sys
+import mlodeco, mlodeco.cli, mlodeco.errors
+assert not {"torch", "accelerate"} & sys.modules.keys()
+assert set(mlodeco.__all__) <= set(dir(mlodeco))
+from mlodeco import *
+assert level is mlodeco.level and mlodeco.errors.RunError and tree is mlodeco.tree
+assert "torch" in sys.modules
+try:
+    mlodeco.levels
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_the_library_is_loaded_when_it_is_asked_for():
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "module 'mlodeco' has no attribute 'levels'\n", done.stderr
 
 
 def test_importing_draws_no_random_numbers_and_changes_no_setting():

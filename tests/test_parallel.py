@@ -266,6 +266,10 @@ def test_progress_is_printed_once(healthy):
     assert "step" not in second
 
 
+def test_trackers_are_those_of_the_main_process(healthy):
+    assert [found["tracked"] for found in healthy[0]] == [[1, 2], []]
+
+
 def test_processes_that_drift_apart_are_told_of_once(healthy):
     (message,), nothing = (found["drifts"] for found in healthy[0])
     assert "the parameters of 'low' are not the same" in message

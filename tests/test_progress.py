@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import os
+import re
 from functools import partial
 
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
+from rich.cells import cell_len
 from rich.console import Console
 from torch.optim import SGD
 
 import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.errors import RunError
-from mlodeco.show.progress import LiveDisplay, PlainDisplay, make_display
+from mlodeco.runtime import SolveRecord, StepRecord, Tick, ValidationRecord
+from mlodeco.runtime.memory import peak_memory
+from mlodeco.show.progress import LiveDisplay, NotebookDisplay, PlainDisplay, View, make_display
+from mlodeco.show.readings import DECAY, LevelReading, Readings, Smoothed
 
 
 def make():
@@ -218,6 +227,226 @@ def test_what_a_program_prints_stays_on_its_stream(terminal, capsys):
     run_with(make_display("live", terminal), 3, program)
     assert capsys.readouterr().out.splitlines() == [f"printed at {n}" for n in (1, 2, 3)]
     assert "printed" not in terminal.getvalue()
+
+
+# what is shown
+
+
+def record(tick, name="low", loss=1.0, **options):
+    return StepRecord(tick, name, tick, loss, 0.5, 0.1, **options)
+
+
+def test_losses_are_smoothed_without_the_weight_of_a_start():
+    """The exponential mean in closed form; what is not finite is left out."""
+    smoothed = Smoothed()
+    assert math.isnan(smoothed.value)
+    losses = [3.0, -1.0, 2.5, 0.25]
+    for loss in (losses[0], math.nan, *losses[1:3], math.inf, losses[3]):
+        smoothed.add(loss)
+    weights = [DECAY**k for k in (3, 2, 1, 0)]
+    wanted = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    assert smoothed.value == pytest.approx(wanted, rel=1e-14)
+    for _ in range(400):
+        smoothed.add(7.0)
+    assert smoothed.value == pytest.approx(7.0, rel=1e-14)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_rates_and_the_time_left():
+    clock = Clock()
+    readings = Readings(clock)
+    readings.start(Runner(make()), 100)
+    assert readings.remaining is None
+    for tick in range(1, 41):
+        clock.now += 0.5
+        readings.update(Tick(tick, (record(tick), *([record(tick, "top")] * (tick % 4 == 0)))))
+    assert readings.rates() == {"low": 2.0, "top": 0.5}
+    assert (readings.elapsed, readings.remaining) == (20.0, 30.0)
+    for tick in range(41, 60):
+        clock.now += 0.25
+        readings.update(Tick(tick, (record(tick),)))
+        readings.rates()
+    assert readings.rates()["low"] == pytest.approx(4.0)
+    assert readings.rates()["top"] == 0.0
+
+
+def test_solves_of_a_step_are_told_together():
+    solves = (
+        SolveRecord("a", "CG", 5, 1e-3, "converged"),
+        SolveRecord("b", "Neumann", 3, None, "done"),
+        SolveRecord("c", "CG", 2, 2e-2, "converged"),
+    )
+    level = LevelReading()
+    level.update(record(1, solves=solves))
+    assert level.solve == "CG+Neumann 10 2.0e-02"
+    level.update(record(2, solves=solves[1:2]))
+    assert level.solve == "Neumann 3"
+    level.update(record(3))
+    assert level.solve == ""
+
+
+def drawn(width, names, **options):
+    readings = Readings()
+    readings.wanted = 1000
+    solves = (SolveRecord("x", "FiniteDifference", 10, 1e-3, "converged"),)
+    readings.update(
+        Tick(
+            17,
+            tuple(record(17, name, solves=solves, cosine=0.5, skipped=True) for name in names),
+            (ValidationRecord(17, {"accuracy": 0.5}),),
+        )
+    )
+    console = Console(width=width, file=io.StringIO())
+    console.print(View(readings, **options))
+    return console.file.getvalue().splitlines()
+
+
+def test_a_wide_terminal_has_all_columns():
+    lines = drawn(120, ["weights"], reason="enough")
+    titles = "level step loss gradient steps/s lr cosine solve skipped"
+    assert lines[1].split() == titles.split()
+    told = lines[2].split()
+    assert told[:4] == ["weights", "17", "1", "5.00e-01"]
+    assert told[5:] == ["0.1", "0.50", "FiniteDifference", "10", "1.0e-03", "1"]
+    assert lines[3:] == ["validation: accuracy 0.5 (at 17)", "enough"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+@pytest.mark.parametrize(
+    "name", ["low", "a_level_with_a_long_name_" * 3, "層" * 50], ids=["short", "long", "wide"]
+)
+def test_a_narrow_terminal_has_whole_columns(width, name):
+    """A row is a line; names are cut, and columns left out, before numbers are."""
+    lines = drawn(width, [f"{n} {name}" for n in range(12)])
+    assert len(lines) == 15
+    assert all(cell_len(line) <= width for line in lines)
+    titles = lines[1].split()
+    assert {"level", "step", "loss", "skipped"} <= set(titles)
+    for number, line in enumerate(lines[2:14]):
+        assert line.split()[0] == str(number)
+        assert "17" in line
+        assert len(line[2:].rstrip().rsplit(maxsplit=1)[1]) == 1
+        if "solve" in titles:
+            assert "FiniteDifference 10 1.0e-03" in line
+    assert "level\u2026" not in lines[1]
+    assert ("gradient" in titles) == (width >= (80 if name == "low" else 200))
+
+
+def test_more_levels_than_a_terminal_has_lines():
+    """They are cut while the run is on, so that the cursor finds back; all are there at its end."""
+    program = Program()
+    for number in range(12):
+        program.level(
+            f"level{number}", module={"x": torch.ones(1)}, optimizer=partial(SGD, lr=0.1)
+        )(lambda m: (m.x**2).sum())
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=6)
+    run_with(LiveDisplay(console), 300, program)
+    text = console.file.getvalue()
+    assert text.count("level11") == 1
+    assert text.count("level2") > 1
+    assert text.index("level11") > text.rindex("300/300")
+
+
+def test_the_best_validation_and_skipped_steps_are_told(terminal):
+    def program():
+        found, values = make(), iter([0.5, 0.25, 0.75])
+        found.validate(every=2, monitor="error", mode="min")(lambda: {"error": next(values)})
+        return found
+
+    plain = io.StringIO()
+    run_with(make_display("plain", plain), 6, program())
+    assert plain.getvalue().splitlines()[-2].count("best error 0.25 (at 4)") == 1
+    run_with(make_display("live", terminal), 6, program())
+    assert "error 0.75 (at 6)  best error 0.25 (at 4)" in terminal.getvalue()
+    assert re.search(r"memory \d+ MiB", terminal.getvalue())
+
+
+def test_memory_is_the_peak_of_the_process():
+    before = peak_memory(torch.device("cpu"))
+    block = torch.ones(2**27)  # 512 MiB
+    after = peak_memory(torch.device("cpu"))
+    assert before > 2**26
+    assert after - before > 2**28 or after > 3 * 2**28
+    del block
+    assert peak_memory(torch.device("cpu")) >= after
+
+
+def test_drawings_take_a_small_part_of_the_time(monkeypatch):
+    """A drawing that takes a second is made every 200 seconds, however many ticks there are."""
+    clock, drawings = Clock(), []
+
+    class Slow(LiveDisplay):
+        def _refresh(self):
+            drawings.append(clock.now)
+            clock.now += 1.0
+
+    monkeypatch.setattr("mlodeco.show.progress.time.monotonic", clock)
+    display = Slow(Console(file=io.StringIO()))
+    display.on_start(Runner(make()), 1000)
+    for tick in range(1, 1100):
+        clock.now += 1.0
+        display.on_tick(Tick(tick, (record(tick),)))
+    display.on_error()
+    assert [b - a for a, b in itertools.pairwise(drawings)] == [201.0] * 5
+
+
+def test_the_display_of_a_notebook(monkeypatch):
+    """One output, that is replaced; what is seen is HTML."""
+    shown = []
+
+    class Handle:
+        def display(self, view):
+            shown.append(("display", view))
+
+        def update(self, view):
+            shown.append(("update", view))
+
+    monkeypatch.setattr("IPython.display.DisplayHandle", Handle)
+    monkeypatch.setattr(
+        "mlodeco.show.progress.Console", partial(Console, force_jupyter=True, width=100)
+    )
+    display = make_display("auto")
+    assert isinstance(display, NotebookDisplay)
+    run_with(display, 5)
+    assert [what for what, _ in shown[:2]] == ["display", "update"]
+    assert {what for what, _ in shown[1:]} == {"update"}
+    bundle = shown[-1][1]._repr_mimebundle_([], [])
+    for text in bundle.values():
+        assert "5/5" in text
+        assert "Neumann" in text
+        assert "all 5 steps were run" in text
+    assert "<pre" in bundle["text/html"]
+
+
+CELL = """
+import torch
+from functools import partial
+from torch.optim import SGD
+import mlodeco
+
+@mlodeco.level("low", module={"x": torch.ones(2)}, optimizer=partial(SGD, lr=0.1))
+def low(m):
+    return (m.x**2).sum()
+
+mlodeco.run(50).ticks
+"""
+
+
+def test_a_cell_of_a_notebook_shows_one_output():
+    notebook = new_notebook(cells=[new_code_cell(CELL)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    display, result = (found for found in outputs if found["output_type"] != "stream")
+    assert result["data"]["text/plain"] == "50"
+    assert "50/50" in display["data"]["text/html"]
+    assert "all 50 steps were run" in display["data"]["text/html"]
 
 
 def test_listeners_are_told_of_each_tick():

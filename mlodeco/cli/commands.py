@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 import mlodeco
-from mlodeco.cli.graphs import GraphForm, graph_form, show_graph
-from mlodeco.cli.outcome import outcome
-from mlodeco.cli.script import Shown, execute
-from mlodeco.cli.settings import Setting, read_setting
-from mlodeco.errors import MlodecoError, RunError
-from mlodeco.runtime import build, read_history, seed_all
-from mlodeco.runtime.launch import launched_rank
-from mlodeco.show import Form, method_table, plot_histories, save_figure
+from mlodeco.declare.registry import LEVEL_OPTIONS
+from mlodeco.errors import MlodecoError
+
+# what needs torch is imported where it is used: help and completion do not wait for it
+if TYPE_CHECKING:
+    from mlodeco.cli.settings import Setting
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 fine, 1 an error of the script or its program, 2 a wrong command line, "
-    "130 Ctrl-C. A script's own sys.exit(n) is kept.",
+    "130 Ctrl-C, 143 SIGTERM. A script's own sys.exit(n) is kept.",
 )
+
+
+def _complete_setting(incomplete: str) -> list[str]:
+    """The options of a level; its name is known to the script alone."""
+    level, point, option = incomplete.partition(".")
+    return [f"{level}.{one}=" for one in LEVEL_OPTIONS if point and one.startswith(option)]
+
 
 Script = Annotated[
     Path,
@@ -42,6 +48,7 @@ Settings = Annotated[
         "--set",
         metavar="LEVEL.OPTION=VALUE",
         help="An option of a level, over the script's; may be repeated.",
+        autocompletion=_complete_setting,
     ),
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show the whole of tracebacks.")]
@@ -53,8 +60,24 @@ Nested = Annotated[
 
 
 def main() -> None:
-    """The entry point."""
-    app(prog_name="mlodeco")
+    """The entry point; of a wrong command line the main process alone tells."""
+    if _is_main():
+        app(prog_name="mlodeco")
+    try:
+        sys.exit(app(prog_name="mlodeco", standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        sys.exit(error.exit_code)
+
+
+def _is_main() -> bool:
+    """Whether this is the process that prints, of those that were launched."""
+    if "RANK" not in os.environ:
+        return True
+    from mlodeco.runtime.launch import launched_rank
+
+    return launched_rank() == 0
 
 
 def _show_version(wanted: bool) -> None:
@@ -81,7 +104,10 @@ def run(
     settings: Settings = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Ticks to run.")] = None,
     seed: Seed = None,
-    progress: Annotated[Form | None, typer.Option(help="How progress is shown.")] = None,
+    progress: Annotated[
+        Literal["auto", "live", "plain", "off"] | None,
+        typer.Option(help="How progress is shown."),
+    ] = None,
     nested: Nested = None,
     reduce: Annotated[
         Literal["exact", "once"] | None,
@@ -99,23 +125,50 @@ def run(
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile second-derivative products."),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder for metrics and checkpoints.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ticks between two checkpoints.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="How many of the newest are kept.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|DIR", help="Go on from the newest checkpoint in --out, or from one."
+        ),
+    ] = None,
+    checkpoint_errors: Annotated[
+        Literal["warn", "raise"] | None,
+        typer.Option(help="What becomes of a run whose checkpoint cannot be written."),
+    ] = None,
+    nonfinite: Annotated[
+        Literal["raise", "skip", "warn"] | None,
+        typer.Option(help="What becomes of a step whose numbers are not finite."),
+    ] = None,
+    log_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A tracker, such as tensorboard; may be repeated."),
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="What trackers call the run.")] = None,
     traceback: Traceback = False,
 ) -> None:
     """Run a script; options go over those of its first mlodeco.run().
 
     A script that only declares levels is trained as it ends.
     """
+    from mlodeco.cli.script import no_steps, refuse_second_training
+
     options = _options_of_run(context)
 
     def train(run: Callable[..., mlodeco.Result], given: dict[str, Any]) -> mlodeco.Result:
         wanted = {**given, **options}
         if "steps" not in given:
-            _refuse_second_training(script, given["program"], asked=bool(options or settings))
+            refuse_second_training(script, given["program"], asked=bool(options or settings))
         if "steps" not in wanted:
-            raise RunError(
-                f"{script.name} does not say how many steps to run.",
-                remedy="add --steps 1000, for instance.",
-            )
+            raise no_steps(script)
         return run(**wanted)
 
     _execute(script, arguments, settings, train, traceback=traceback)
@@ -127,20 +180,19 @@ def graph(
     arguments: Arguments = None,
     settings: Settings = None,
     form: Annotated[
-        GraphForm | None,
-        typer.Option("--format", help="Text or a picture; default: as the file ends, else text."),
+        Literal["text", "mermaid", "dot", "svg", "png", "pdf"] | None,
+        typer.Option("--format", help="What to print or draw; default: text."),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The file; default: text is printed, a picture is named as the script."),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A file, whose ending names the format.")] = None,
     traceback: Traceback = False,
 ) -> None:
     """Show the dataflow graph of a script's program, and do not train it."""
+    from mlodeco.cli.pictures import graph_form, show_graph
+
     found = graph_form(form, out)
 
     def draw(given: dict[str, Any]) -> None:
-        if launched_rank() == 0:
+        if _is_main():
             show_graph(given["program"].graph(), found, out, script)
 
     _show(script, arguments, settings, draw, traceback=traceback)
@@ -156,19 +208,87 @@ def check(
     ] = None,
     seed: Seed = None,
     nested: Nested = None,
+    at: Annotated[
+        int | None, typer.Option(min=1, metavar="TICK", help="Train so many ticks before.")
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Compare hypergradients with converged ones where training would start."""
+    """Compare hypergradients with converged ones where training would start, or later."""
+    from mlodeco.cli.checks import check_levels
 
     def compare(given: dict[str, Any]) -> None:
-        _compare(
+        check_levels(
             given,
             level or [],
             seed=given.get("seed") if seed is None else seed,
             nested=given.get("nested", False) if nested is None else nested,
+            at=at,
         )
 
     _show(script, arguments, settings, compare, traceback=traceback)
+
+
+@app.command()
+def compare(
+    script: Script,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--hypergrad", metavar="METHODS", help='As in "neumann(num_terms=10),cg,sama".'
+        ),
+    ],
+    arguments: Arguments = None,
+    settings: Settings = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="The level; default: each above others.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Ticks to run.")] = None,
+    seed: Seed = None,
+    at: Annotated[
+        int, typer.Option(min=0, help="The tick at which all are measured at one point.")
+    ] = 0,
+    damping: Annotated[
+        float | None, typer.Option(min=0.0, help="Of the reference; default: as in the script.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="A folder for comparison.json and .png.")
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Train a script once with each method, and compare errors, time, memory and metrics."""
+    from mlodeco.cli.compare import Job, read_methods, show_comparison
+    from mlodeco.cli.outcome import outcome
+
+    try:
+        found = read_methods(methods)
+    except MlodecoError as error:
+        raise typer.BadParameter(str(error), param_hint="--hypergrad") from None
+    _read(settings)
+    job = Job(
+        script=str(script),
+        arguments=arguments or (),
+        settings=settings or (),
+        methods=found,
+        levels=level or (),
+        steps=steps,
+        seed=seed,
+        at=at,
+        damping=damping,
+        with_traceback=traceback,
+    )
+    with outcome(with_traceback=traceback):
+        show_comparison(job, out)
+
+
+@app.command("compare-one", hidden=True)
+def compare_one(job: Path, result: Path) -> None:
+    """One process of a comparison."""
+    from mlodeco.cli.compare import Job, work
+    from mlodeco.cli.outcome import outcome
+
+    told = Job.read(job)
+    with outcome(with_traceback=told.with_traceback):
+        work(told, result)
 
 
 @app.command()
@@ -190,15 +310,20 @@ def plot(
     traceback: Traceback = False,
 ) -> None:
     """Draw the curves of runs, from the folders that they wrote by out=."""
+    from mlodeco.cli.pictures import draw_curves
+    from mlodeco.cli.outcome import outcome
+
     with outcome(with_traceback=traceback):
-        runs = {name: read_history(folder) for name, folder in named(folders).items()}
-        figure = plot_histories(runs, level=level or (), metric=metric or (), smooth=smooth)
-        print(save_figure(figure, out))
+        print(draw_curves(folders, out, level or (), metric or (), smooth))
 
 
 @app.command()
 def methods() -> None:
     """List the methods: what each solves, what it costs and when to use it."""
+    from rich.console import Console
+
+    from mlodeco.show import method_table
+
     is_terminal = Console().is_terminal
     Console(width=None if is_terminal else _WIDTH).print(method_table())
 
@@ -207,60 +332,11 @@ _WIDTH = 110
 """Of the table where it is not for a terminal."""
 
 
-def named(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders by their names, or by their paths where two have the same name."""
-    unique = list(dict.fromkeys(folders))
-    names = [folder.resolve().name for folder in unique]
-    return {
-        name if names.count(name) == 1 else str(folder): folder
-        for name, folder in zip(names, unique, strict=True)
-    }
-
-
-def _refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bool) -> None:
-    """Ends a script that has stepped a Runner of its own, of which a command knows nothing."""
-    built = program.built
-    if built is None or not built.tick:
-        return
-    if asked:
-        raise RunError(
-            f"{script.name} trains by a Runner of its own, which options do not reach.",
-            remedy="call mlodeco.run() in the script, or leave the options out.",
-        )
-    raise Shown
-
-
-def _compare(
-    given: dict[str, Any], levels: Sequence[str], *, seed: int | None, nested: bool
-) -> None:
-    program = given["program"]
-    if seed is not None:
-        seed_all(seed)
-    # shards are made, and made whole, by all processes together
-    built = build(program)
-    is_main = launched_rank() == 0
-    if not is_main and not any(one.is_sharded for one in built.levels.values()):
-        return
-    found = levels or [
-        name
-        for name in built.levels
-        if built.plan(name).visits or (nested and built.needs_nesting(name))
-    ]
-    if not found:
-        raise RunError(
-            "no level has a path through lower levels: every hypergradient is the direct gradient.",
-            remedy="see what reads what: mlodeco graph.",
-        )
-    for name in found:
-        report = mlodeco.check(name, program=program, nested=nested)
-        if is_main:
-            print(report)
-
-
 def _options_of_run(context: typer.Context) -> dict[str, Any]:
     """What the command line gives of the arguments of ``mlodeco.run``."""
     known = inspect.signature(mlodeco.run).parameters
-    return {k: v for k, v in context.params.items() if k in known and v is not None}
+    # a list that is not given may be empty
+    return {k: v for k, v in context.params.items() if k in known and v not in (None, [], ())}
 
 
 def _show(
@@ -272,6 +348,7 @@ def _show(
     traceback: bool,
 ) -> None:
     """Shows what a script would train."""
+    from mlodeco.cli.script import Shown
 
     def act(run: object, given: dict[str, Any]) -> NoReturn:
         show(given)
@@ -288,9 +365,18 @@ def _execute(
     *,
     traceback: bool,
 ) -> None:
-    try:
-        read: list[Setting] = [read_setting(text) for text in settings or ()]
-    except MlodecoError as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from None
+    from mlodeco.cli.outcome import outcome
+    from mlodeco.cli.script import execute
+
+    read = _read(settings)
     with outcome(with_traceback=traceback):
         execute(script, arguments or (), read, act)
+
+
+def _read(settings: list[str] | None) -> list[Setting]:
+    from mlodeco.cli.settings import read_setting
+
+    try:
+        return [read_setting(text) for text in settings or ()]
+    except MlodecoError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None

@@ -295,7 +295,9 @@ class _Checker:
         if indirect.are_zero:
             return (
                 "Of the indirect hypergradient and its reference both are zero: no path carries "
-                "anything."
+                "anything at these parameters. Where training starts, with zeros for instance, "
+                "that may be so; check again after some ticks: mlodeco check --at 10, or a run "
+                "of some before check()."
             )
         worst = min(edges, key=lambda e: (e.agreement.is_right, _quality(e.agreement)))
         agreement = worst.agreement

@@ -170,28 +170,8 @@ class History:
         return plot_histories({"": self}, level=level, metric=metric, smooth=smooth)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The steps as flat dictionaries, for a table.
-
-        ``solver_steps`` is the sum over the solves of a step, ``residual`` the largest. A metric
-        of one's own that has the name of a column stands under ``metric_`` and its name.
-        """
-        for record in self.steps:
-            columns = {
-                "tick": record.tick,
-                "level": record.level,
-                "step": record.step,
-                "loss": record.loss,
-                "grad_norm": record.grad_norm,
-                "learning_rate": record.learning_rate,
-                "cosine": record.cosine,
-                "skipped": record.skipped,
-                "solver_steps": sum(solve.steps for solve in record.solves),
-                "residual": max(
-                    (s.residual for s in record.solves if s.residual is not None), default=None
-                ),
-            }
-            own = {f"metric_{k}" if k in columns else k: v for k, v in record.metrics.items()}
-            yield {**own, **columns}
+        """The steps as flat dictionaries, for a table: :func:`columns` of each."""
+        return map(columns, self.steps)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -205,6 +185,30 @@ class History:
             f"{counted(len(self.validations), 'validation')}; "
             f"last losses: {losses or 'none'}>"
         )
+
+
+def columns(record: StepRecord) -> dict[str, Any]:
+    """A step as a flat dictionary.
+
+    ``solver_steps`` is the sum over the solves of the step, ``residual`` the largest. A metric of
+    one's own that has the name of a column stands under ``metric_`` and its name.
+    """
+    found = {
+        "tick": record.tick,
+        "level": record.level,
+        "step": record.step,
+        "loss": record.loss,
+        "grad_norm": record.grad_norm,
+        "learning_rate": record.learning_rate,
+        "cosine": record.cosine,
+        "skipped": record.skipped,
+        "solver_steps": sum(solve.steps for solve in record.solves),
+        "residual": max(
+            (s.residual for s in record.solves if s.residual is not None), default=None
+        ),
+    }
+    own = {f"metric_{k}" if k in found else k: v for k, v in record.metrics.items()}
+    return {**own, **found}
 
 
 def as_number(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +29,12 @@ _REMEDIES = {
 }
 
 
-def make_accelerator(given: Accelerator | None) -> Accelerator:
+def make_accelerator(given: Accelerator | None, **options: Any) -> Accelerator:
     """The one given, else a new one for all processes that were launched.
+
+    Args:
+        given: the one given.
+        options: of a new one.
 
     Raises:
         RunError: it is none, sees fewer processes, or asks for what is not available.
@@ -39,7 +44,7 @@ def make_accelerator(given: Accelerator | None) -> Accelerator:
             f"accelerator={given!r} is not an Accelerator.",
             remedy="pass an accelerate.Accelerator, or leave it out.",
         )
-    accelerator = _new() if given is None else given
+    accelerator = _new(options) if given is None else given
     _check(accelerator)
     return accelerator
 
@@ -75,12 +80,12 @@ def _unavailable(kind: DistributedType) -> RunError:
     )
 
 
-def _new() -> Accelerator:
+def _new(options: dict[str, Any]) -> Accelerator:
     _refuse_asked_for()
     # without a GPU and without being told, accelerate forms no group of processes
     needs_cpu = _launched() > 1 and not torch.cuda.is_available()
     try:
-        return Accelerator(cpu=True) if needs_cpu else Accelerator()
+        return Accelerator(cpu=needs_cpu, **options)
     except (ValueError, RuntimeError, ImportError) as error:
         raise RunError(
             f"no Accelerator for {_launched()} processes can be made: {error}",

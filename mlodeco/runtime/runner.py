@@ -71,6 +71,7 @@ from mlodeco.runtime.history import (
 from mlodeco.runtime.hooks import Hooks, describe_validation
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
+from mlodeco.runtime.memory import peak_memory
 from mlodeco.runtime.nonfinite import POLICIES, Watch, agree
 from mlodeco.runtime.optimizers import make_optimizer, warn_if_flat
 from mlodeco.runtime.overlap import passes_of
@@ -89,6 +90,7 @@ from mlodeco.runtime.scaling import make_scale
 from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
 from mlodeco.runtime.shares import TAILS, drawn_alike, share
 from mlodeco.runtime.sources import Sources
+from mlodeco.runtime.trackers import Trackers, check_trackers
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
 from mlodeco.tree import is_shard
@@ -185,6 +187,9 @@ class Runner:
         nonfinite: what becomes of a step whose loss, cotangent, solve or gradient is not finite:
             ``"raise"`` ends the run before it, ``"skip"`` leaves it out, up to 100 in a row,
             ``"warn"`` takes it. Overflows in float16 are skipped in any case.
+        log_with: the names of Accelerate's trackers, or objects of one's own, to which each tick
+            is logged; default: those of the Accelerator given.
+        project: what the trackers call the run.
 
     Raises:
         MlodecoError: the program cannot be run.
@@ -207,6 +212,8 @@ class Runner:
         resume: str | os.PathLike[str] | None = None,
         checkpoint_errors: str = "warn",
         nonfinite: str = "raise",
+        log_with: Any = None,
+        project: str = "mlodeco",
     ) -> None:
         saving = Saving(out, checkpoint_every, keep, resume, checkpoint_errors)
         saving.check()
@@ -234,7 +241,7 @@ class Runner:
         self._last_tick: int | None = None
         self._signum: int | None = None
         self._saved_at: tuple[int, int] | None = None
-        self._accelerator = make_accelerator(accelerator)
+        self._accelerator = _tracking_accelerator(accelerator, log_with, project, out)
         self._precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
         )
@@ -245,6 +252,9 @@ class Runner:
         )
         with self._processes.ended_together(), _quiet(self._processes):
             self._begin(registry, seed, saving)
+        tracked = self._accelerator.log_with or self._accelerator.trackers
+        if self.is_main and tracked:
+            self.listeners.append(Trackers(self._accelerator, project, self.built))
 
     def _begin(self, registry: Registry, seed: int | None, saving: Saving) -> None:
         """Seeds, builds and resumes; if that fails, random numbers are as before."""
@@ -410,6 +420,16 @@ class Runner:
     def is_main(self) -> bool:
         """Whether this is the process that prints."""
         return self._processes.is_main
+
+    @property
+    def best(self) -> Best | None:
+        """The best validation so far; None if nothing is monitored."""
+        return self._best
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The most bytes of memory taken: by tensors on a GPU, else by the process."""
+        return peak_memory(self._accelerator.device)
 
     @property
     def _exact_mean(self) -> Mean | None:
@@ -1104,6 +1124,33 @@ class Runner:
         ctx = self._context(None)
         self._hooks.fire(event, ctx=ctx, **offered)
         self._stop_reason = self._stop_reason or ctx.stop_reason
+
+
+def _tracking_accelerator(
+    given: Accelerator | None,
+    log_with: Any,
+    project: str,
+    out: str | os.PathLike[str] | None,
+) -> Accelerator:
+    """The Accelerator of a run, with the trackers that were asked for.
+
+    Raises:
+        RunError: a tracker cannot be made, or they are asked for in two places.
+    """
+    if not isinstance(project, str):
+        raise RunError(
+            f"project={project!r}.", expected="a name.", remedy="project='first', for instance."
+        )
+    if log_with is None:
+        return make_accelerator(given)
+    if given is not None:
+        raise RunError(
+            "log_with= and accelerator= are both given.",
+            expected="trackers in one place.",
+            remedy="make the Accelerator with them: Accelerator(log_with=..., project_dir=...).",
+        )
+    trackers = check_trackers(log_with, out)
+    return make_accelerator(None, log_with=trackers or None, project_dir=out)
 
 
 class _Placer:

@@ -1,19 +1,24 @@
-"""A run's progress: a live table on a terminal, plain lines elsewhere."""
+"""A run's progress: a live table on a terminal and in notebooks, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Literal, TextIO, get_args
+from abc import ABC, abstractmethod
+from typing import Literal, TextIO, get_args
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.jupyter import JupyterMixin
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from mlodeco.errors import RunError, did_you_mean, quoted
-from mlodeco.runtime import Listener, Result, Runner, StepRecord, Tick
+from mlodeco.runtime import Listener, Result, Runner, Tick
+from mlodeco.show.readings import LevelReading, Readings, spell_time
+from mlodeco.show.words import printable
 
 Form = Literal["auto", "live", "plain", "off"]
 """What ``progress=`` may be."""
@@ -22,6 +27,11 @@ FORMS = get_args(Form)
 """The same at run time."""
 
 _PLAIN_LINES = 10
+_INTERVAL = 0.25
+"""Seconds between two drawings."""
+
+_SHARE = 0.005
+"""Of the time, the most that goes into drawings."""
 
 
 def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
@@ -39,28 +49,9 @@ def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
     if form == "off":
         return None
     console = Console(file=stream or sys.stderr)
-    is_live = form == "live" or (form == "auto" and (console.is_terminal or console.is_jupyter))
-    return LiveDisplay(console) if is_live else PlainDisplay(stream or sys.stderr)
-
-
-class _Latest:
-    """The newest record of each level and the newest value of each validation metric."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, StepRecord] = {}
-        self.values: dict[str, tuple[float, int]] = {}
-
-    def update(self, tick: Tick) -> None:
-        for record in tick.steps:
-            self.records[record.level] = record
-        for validation in tick.validations:
-            for name, value in validation.metrics.items():
-                self.values[name] = (value, validation.tick)
-
-    def metrics(self) -> str:
-        return "  ".join(
-            f"{name} {value:.4g} (at {tick})" for name, (value, tick) in self.values.items()
-        )
+    if form == "plain" or (form == "auto" and not (console.is_terminal or console.is_jupyter)):
+        return PlainDisplay(stream or sys.stderr)
+    return NotebookDisplay() if console.is_jupyter else LiveDisplay(console)
 
 
 class PlainDisplay:
@@ -68,116 +59,233 @@ class PlainDisplay:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._latest = _Latest()
+        self._readings = Readings()
         self._every = 1
-        self._first = 0
-        self._steps = 0
-        self._started = 0.0
-        self._last = ""
+        self._last: tuple[int, str] | None = None
 
     def on_start(self, runner: Runner, steps: int) -> None:
         """Notes the start."""
-        self._first, self._steps = runner.tick, steps
+        self._readings.start(runner, steps)
         self._every = -(-steps // _PLAIN_LINES)
-        self._started = time.monotonic()
+        self._last = None
 
     def on_tick(self, tick: Tick) -> None:
         """Prints a line at every tenth of the run; the last waits for the validations."""
-        self._latest.update(tick)
-        done = tick.tick - self._first
-        line = self._line(done)
-        if tick.steps and done % self._every == 0 and done < self._steps:
-            self._print(line)
-            self._last = line
+        readings = self._readings
+        readings.update(tick)
+        if tick.steps and readings.done % self._every == 0 and readings.done < readings.wanted:
+            self._print_state()
 
     def on_end(self, result: Result) -> None:
         """Prints the last state, if it is news, and says why the run ended."""
-        seconds = time.monotonic() - self._started
-        line = self._line(result.ticks - self._first)
-        if line != self._last:
-            self._print(line)
-        self._print(f"{result.stop_reason}, {seconds:.1f} s")
+        self._readings.finish(result)
+        if self._last != (self._readings.done, self._state()):
+            self._print_state()
+        self._print(f"{result.stop_reason}, {self._readings.elapsed:.1f} s")
 
     def on_error(self) -> None:
         """Nothing is open."""
 
-    def _line(self, done: int) -> str:
-        losses = "  ".join(f"{k} {r.loss:.4g}" for k, r in self._latest.records.items())
-        metrics = self._latest.metrics()
-        return f"step {done}/{self._steps}  {losses}" + (f"  |  {metrics}" if metrics else "")
+    def _state(self) -> str:
+        levels = self._readings.levels.items()
+        losses = (f"{printable(name)} {level.loss.value:.4g}" for name, level in levels)
+        skipped = sum(level.skipped for _, level in levels)
+        told = f"{skipped} skipped" if skipped else ""
+        return _joined(
+            "  |  ", _joined("  ", *losses), told, _joined("  ", *self._readings.metrics())
+        )
+
+    def _print_state(self) -> None:
+        readings, state = self._readings, self._state()
+        self._last = readings.done, state
+        line = f"step {readings.done}/{readings.wanted}  {state}"
+        self._print(_joined("  |  ", line, _joined(", ", _left(readings), readings.memory())))
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
 
-class LiveDisplay:
-    """A bar with the time left, and a row a level."""
+def _left(readings: Readings) -> str:
+    seconds = readings.remaining
+    return "" if seconds is None else f"{spell_time(seconds)} left"
 
-    def __init__(self, console: Console) -> None:
-        self._latest = _Latest()
-        self._bar = Progress(
-            TextColumn("[bold]step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("run")
-        self._live = Live(
-            console=console,
-            refresh_per_second=4,
-            get_renderable=self._render,
-            redirect_stdout=sys.stdout.isatty(),
-            redirect_stderr=sys.stderr.isatty(),
-            vertical_overflow="visible",
-        )
-        self._first = 0
+
+def _joined(between: str, *parts: str) -> str:
+    """Those of the parts that are not empty."""
+    return between.join(filter(None, parts))
+
+
+class View(JupyterMixin):
+    """What is drawn of the readings: a bar with the time left, a row a level, validations.
+
+    At the end of a run also why it ended.
+    """
+
+    def __init__(self, readings: Readings, reason: str = "") -> None:
+        self._readings = readings
+        self._reason = reason
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        readings = self._readings
+        yield self._bar()
+        yield _table(readings, options.max_width)
+        metrics = _joined("  ", *readings.metrics())
+        if metrics:
+            yield Text(f"validation: {metrics}")
+        if self._reason:
+            yield Text(self._reason)
+
+    def _bar(self) -> Table:
+        readings = self._readings
+        told = (spell_time(readings.elapsed), _left(readings), readings.memory())
+        bar = ProgressBar(max(readings.wanted, 1), readings.done, width=None)
+        done = _joined("  ", f"{readings.done}/{readings.wanted}", *told)
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        line.add_row(Text("step", style="bold"), bar, Text(done))
+        return line
+
+
+_COLUMNS = ("level", "step", "loss", "gradient", "steps/s", "lr", "cosine", "solve", "skipped")
+_SPARED = ("lr", "cosine", "gradient", "steps/s", "solve")
+"""Columns that a narrow terminal does without, those to go first in front."""
+
+_GAP = 2
+
+
+def _table(readings: Readings, width: int) -> Table:
+    """A row a level; of the columns those that tell something and find room."""
+    rates = readings.rates()
+    rows = [
+        _cells(_cut(printable(name), width), level, rates.get(name, 0.0))
+        for name, level in readings.levels.items()
+    ]
+    cells = {title: [row[title] for row in rows] for title in _COLUMNS}
+    shown = [title for title in _COLUMNS if any(cells[title])]
+    widths = {title: max(map(cell_len, [title, *cells[title]])) for title in shown}
+    for title in _SPARED:
+        if sum(widths[one] + _GAP for one in shown) - _GAP > width and title in shown:
+            shown.remove(title)
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for title in shown:
+        table.add_column(title, justify="left" if title == "level" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(row[title]) for title in shown))
+    return table
+
+
+def _cut(name: str, width: int) -> str:
+    """The name, at most a third of the width of it."""
+    text = Text(name)
+    text.truncate(max(width // 3, 10), overflow="ellipsis")
+    return text.plain
+
+
+def _cells(name: str, level: LevelReading, rate: float) -> dict[str, str]:
+    record = level.record
+    found = (
+        name,
+        str(record.step),
+        f"{level.loss.value:.4g}",
+        f"{record.grad_norm:.2e}",
+        f"{rate:.3g}",
+        f"{record.learning_rate:.2g}",
+        "" if record.cosine is None else f"{record.cosine:.2f}",
+        level.solve,
+        str(level.skipped) if level.skipped else "",
+    )
+    return dict(zip(_COLUMNS, found, strict=True))
+
+
+class _Drawn(ABC):
+    """A display that draws the view between two ticks, so often that it costs next to nothing."""
+
+    def __init__(self) -> None:
+        self._readings = Readings()
+        self._due = 0.0
 
     def on_start(self, runner: Runner, steps: int) -> None:
         """Opens the display."""
-        self._first = runner.tick
-        self._bar.reset(self._task, total=steps)
-        self._live.start()
+        self._readings.start(runner, steps)
+        self._open()
+        self._draw()
 
     def on_tick(self, tick: Tick) -> None:
-        """Keeps the newest records; they are drawn four times a second."""
-        self._latest.update(tick)
-        self._bar.update(self._task, completed=tick.tick - self._first)
+        """Keeps the newest records, and draws them if it is time to."""
+        self._readings.update(tick)
+        if time.monotonic() >= self._due:
+            self._draw()
 
     def on_end(self, result: Result) -> None:
         """Draws the last state and says why the run ended."""
-        self._live.stop()
-        self._live.console.print(result.stop_reason, markup=False, highlight=False)
+        self._readings.finish(result)
+        self._close(result.stop_reason)
 
     def on_error(self) -> None:
-        """Closes the display, so that the traceback stands below it."""
+        """Draws what was reached; the traceback stands below it."""
+        self._close("")
+
+    def _draw(self) -> None:
+        began = time.monotonic()
+        self._refresh()
+        now = time.monotonic()
+        self._due = now + max(_INTERVAL, (now - began) / _SHARE)
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Takes the place."""
+
+    @abstractmethod
+    def _refresh(self) -> None:
+        """Draws the view."""
+
+    @abstractmethod
+    def _close(self, reason: str) -> None:
+        """Draws the last state in full, and the reason below."""
+
+
+class LiveDisplay(_Drawn):
+    """The view on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            get_renderable=lambda: View(self._readings),
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+
+    def _open(self) -> None:
+        self._live.vertical_overflow = "ellipsis"
+        self._live.start()
+
+    def _refresh(self) -> None:
+        self._live.refresh()
+
+    def _close(self, reason: str) -> None:
         self._live.stop()
-
-    def _render(self) -> RenderableType:
-        table = Table(box=None, pad_edge=False)
-        for title in ("level", "step", "loss", "gradient", "cosine", "rate", "solve"):
-            table.add_column(title, justify="left" if title == "level" else "right")
-        for name, record in list(self._latest.records.items()):
-            cells = _cells(name, record)
-            table.add_row(*(Text(cell) for cell in cells))
-        parts: list[Any] = [self._bar, table]
-        if self._latest.values:
-            parts.append(Text(f"validation: {self._latest.metrics()}"))
-        return Group(*parts)
+        if reason:
+            self._live.console.print(reason, markup=False, highlight=False)
 
 
-def _cells(name: str, record: StepRecord) -> tuple[str, ...]:
-    solve = ""
-    if record.solves:
-        last = record.solves[-1]
-        size = "" if last.residual is None else f" {last.residual:.1e}"
-        solve = f"{last.method} {last.steps}{size}"
-    return (
-        name,
-        str(record.step),
-        f"{record.loss:.4g}",
-        f"{record.grad_norm:.2e}",
-        "" if record.cosine is None else f"{record.cosine:.2f}",
-        f"{record.learning_rate:.2g}",
-        solve,
-    )
+class NotebookDisplay(_Drawn):
+    """The view as the output of a notebook's cell."""
+
+    def __init__(self) -> None:
+        from IPython.display import DisplayHandle
+
+        super().__init__()
+        self._output = DisplayHandle()  # type: ignore[no-untyped-call]
+
+    def _open(self) -> None:
+        self._output.display(View(self._readings))  # type: ignore[no-untyped-call]
+
+    def _refresh(self) -> None:
+        self._output.update(View(self._readings))  # type: ignore[no-untyped-call]
+
+    def _close(self, reason: str) -> None:
+        self._output.update(View(self._readings, reason))  # type: ignore[no-untyped-call]

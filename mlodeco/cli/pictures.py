@@ -1,19 +1,17 @@
-"""The forms in which ``mlodeco graph`` shows a graph."""
+"""Pictures: the forms in which a graph is shown, and the curves of runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Final
 
 import typer
 from rich.console import Console
 
 from mlodeco.errors import RunError, quoted
-from mlodeco.show import FORMATS, GraphView
-
-GraphForm = Literal["text", "mermaid", "dot", "svg", "png", "pdf"]
-"""What ``--format`` may be."""
+from mlodeco.runtime import read_history
+from mlodeco.show import FORMATS, GraphView, plot_histories, save_figure
 
 _TEXTS: Final[Mapping[str, Callable[[GraphView], str]]] = {
     "text": str,
@@ -34,7 +32,7 @@ def graph_form(form: str | None, out: Path | None) -> str:
         return form or "text"
     ending = out.suffix[1:].lower()
     meant = _ENDINGS.get(ending, ending)
-    if form is None and meant not in get_args(GraphForm):
+    if form is None and meant not in (*FORMATS, *_TEXTS):
         known = [*FORMATS, "dot", *_ENDINGS]
         raise typer.BadParameter(
             f"{str(out)!r} ends in none of {quoted('.' + each for each in known)}; "
@@ -53,7 +51,7 @@ def show_graph(view: GraphView, form: str, out: Path | None, script: Path) -> No
 
     Args:
         view: the graph.
-        form: a :data:`GraphForm`.
+        form: what :func:`graph_form` gives.
         out: the file; by default a picture is named as the script, in the working folder.
         script: the script.
 
@@ -78,3 +76,36 @@ def _write(text: str, out: Path) -> None:
         raise RunError(
             f"the graph cannot be written to {str(out)!r}: {error}.", remedy="give another path."
         ) from error
+
+
+def draw_curves(
+    folders: Sequence[Path],
+    out: Path,
+    levels: Sequence[str],
+    metrics: Sequence[str],
+    smooth: int | None,
+) -> Path:
+    """Draws the runs of folders over each other, into a file.
+
+    Args:
+        folders: what the runs wrote by ``out=``.
+        out: the file.
+        levels: those to show.
+        metrics: those to show.
+        smooth: how many steps a smoothed line averages.
+
+    Raises:
+        RunError: a folder holds no run, or the file cannot be written.
+    """
+    runs = {name: read_history(folder) for name, folder in named(folders).items()}
+    return save_figure(plot_histories(runs, level=levels, metric=metrics, smooth=smooth), out)
+
+
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by their names, or by their paths where two have the same name."""
+    unique = list(dict.fromkeys(folders))
+    names = [folder.resolve().name for folder in unique]
+    return {
+        name if names.count(name) == 1 else str(folder): folder
+        for name, folder in zip(names, unique, strict=True)
+    }
