@@ -96,7 +96,10 @@ def test_only_declared_libraries_are_imported(path):
     assert libraries_imported(path) - EXTRAS.get(name_of(path), set()) <= allowed
 
 
-EXTRAS = {"show/figures.py": {"matplotlib", "cycler"}}
+EXTRAS = {
+    "show/figures.py": {"matplotlib", "cycler"},
+    "show/comparison.py": {"matplotlib"},
+}
 """Libraries that are not always there, and the files that may ask for them."""
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
@@ -11,13 +13,23 @@ import typer
 from rich.console import Console
 
 import mlodeco
+from mlodeco.cli.compare import (
+    CHILD,
+    Job,
+    NoResult,
+    open_folder,
+    read_methods,
+    work,
+    write_comparison,
+)
+from mlodeco.cli.compare import compare as compare_methods
 from mlodeco.cli.outcome import outcome
-from mlodeco.cli.script import Shown, execute
+from mlodeco.cli.script import Shown, execute, no_steps, refuse_second_training
 from mlodeco.cli.settings import Setting, read_setting
 from mlodeco.errors import MlodecoError, RunError
 from mlodeco.runtime import build, seed_all
 from mlodeco.runtime.launch import launched_rank
-from mlodeco.show import Form, GraphView, method_table
+from mlodeco.show import Comparison, Form, GraphView, comparison_table, method_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,12 +121,9 @@ def run(
     def train(run: Callable[..., mlodeco.Result], given: dict[str, Any]) -> mlodeco.Result:
         wanted = {**given, **options}
         if "steps" not in given:
-            _refuse_second_training(script, given["program"], asked=bool(options or settings))
+            refuse_second_training(script, given["program"], asked=bool(options or settings))
         if "steps" not in wanted:
-            raise RunError(
-                f"{script.name} does not say how many steps to run.",
-                remedy="add --steps 1000, for instance.",
-            )
+            raise no_steps(script)
         return run(**wanted)
 
     _execute(script, arguments, settings, train, traceback=traceback)
@@ -165,11 +174,99 @@ def check(
 
 
 @app.command()
+def compare(
+    script: Script,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--hypergrad", metavar="METHODS", help='As in "neumann(num_terms=10),cg,sama".'
+        ),
+    ],
+    arguments: Arguments = None,
+    settings: Settings = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="The level; default: each above others.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Ticks to run.")] = None,
+    seed: Seed = None,
+    at: Annotated[
+        int, typer.Option(min=0, help="The tick at which all are measured at one point.")
+    ] = 0,
+    damping: Annotated[
+        float | None, typer.Option(min=0.0, help="Of the reference; default: as in the script.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="A folder for comparison.json and .png.")
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Train a script once with each method, and compare errors, time, memory and metrics."""
+    try:
+        found = read_methods(methods)
+    except MlodecoError as error:
+        raise typer.BadParameter(str(error), param_hint="--hypergrad") from None
+    _read(settings)
+    job = Job(
+        script=str(script),
+        arguments=arguments or (),
+        settings=settings or (),
+        methods=found,
+        levels=level or (),
+        steps=steps,
+        seed=seed,
+        at=at,
+        damping=damping,
+        with_traceback=traceback,
+    )
+    with outcome(with_traceback=traceback):
+        _show_comparison(job, out)
+
+
+@app.command(CHILD, hidden=True)
+def compare_one(job: Path, result: Path) -> None:
+    """One process of a comparison."""
+    told = Job.read(job)
+    with outcome(with_traceback=told.with_traceback):
+        work(told, result)
+
+
+@app.command()
 def methods() -> None:
     """List the methods: what each solves, what it costs and when to use it."""
     is_terminal = Console().is_terminal
     Console(width=None if is_terminal else _WIDTH).print(method_table())
 
+
+def _show_comparison(job: Job, out: Path | None) -> None:
+    if out is not None:
+        open_folder(out)
+    progress = Console(stderr=True)
+    try:
+        with progress.status("") if progress.is_terminal else nullcontext() as status:
+            found = compare_methods(job, status.update if status else lambda text: None)
+    except NoResult as error:
+        print(error.told.rstrip() or error, file=sys.stderr)
+        raise SystemExit(error.code if error.code > 0 else 1) from None
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_COMPARISON
+    console.print(comparison_table(found))
+    if out is not None:
+        _write(found, out)
+    if all(row.error for row in found.rows):
+        raise SystemExit(1)
+
+
+def _write(found: Comparison, folder: Path) -> None:
+    """Writes the files; a picture that cannot be drawn is no failure."""
+    try:
+        write_comparison(found, folder)
+    except RunError as error:
+        print(error, file=sys.stderr)
+
+
+_WIDTH_OF_COMPARISON = 100
+"""Where it is not for a terminal."""
 
 _WIDTH = 110
 """Of the table where it is not for a terminal."""
@@ -188,19 +285,6 @@ _PICTURES: Final[Mapping[str, Callable[[GraphView], str]]] = {
     "mermaid": GraphView.to_mermaid,
     "dot": GraphView.to_dot,
 }
-
-
-def _refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bool) -> None:
-    """Ends a script that has stepped a Runner of its own, of which a command knows nothing."""
-    built = program.built
-    if built is None or not built.tick:
-        return
-    if asked:
-        raise RunError(
-            f"{script.name} trains by a Runner of its own, which options do not reach.",
-            remedy="call mlodeco.run() in the script, or leave the options out.",
-        )
-    raise Shown
 
 
 def _compare(
@@ -261,9 +345,13 @@ def _execute(
     *,
     traceback: bool,
 ) -> None:
-    try:
-        read: list[Setting] = [read_setting(text) for text in settings or ()]
-    except MlodecoError as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from None
+    read = _read(settings)
     with outcome(with_traceback=traceback):
         execute(script, arguments or (), read, act)
+
+
+def _read(settings: list[str] | None) -> list[Setting]:
+    try:
+        return [read_setting(text) for text in settings or ()]
+    except MlodecoError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
