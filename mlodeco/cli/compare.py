@@ -156,7 +156,8 @@ def compare(job: Job, tell: Callable[[str], None]) -> Comparison:
         except NoResult as error:
             found = {"error": str(error), "notes": []}
         memory_of = found.pop("memory_of", memory_of)
-        found["notes"] = list(dict.fromkeys([*measured["notes"], *found["notes"]]))
+        if measured["agreements"] or not found["error"]:  # else said twice
+            found["notes"] = list(dict.fromkeys([*measured["notes"], *found["notes"]]))
         ends = _agreements(found.pop("end", {}))
         rows.append(Row(method, _agreements(measured["agreements"]), ends, **found))
     return Comparison(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_METRICS = 3
-"""Columns of metrics; the file of the comparison has all of them."""
+_METRICS = 2
+"""Columns of metrics, one less beside that of levels; the file of the comparison has them all."""
 
 _ALIKE = 1e-6
 """The relative difference up to which two first losses are the same."""
@@ -114,14 +114,15 @@ def comparison_table(found: Comparison) -> Group:
     table.add_column("method", overflow="fold")
     if many:
         table.add_column("level", overflow="fold")
-    metrics = found.metrics[:_METRICS]
+    metrics = found.metrics[: _METRICS - many]
     titles = [
         *(f"{when}\n{what}" for when in _moments(found) for what in ("error", "cosine", "length")),
         *("step\nms", "\nx", "memory\nMB"),
-        *(name.replace(" of ", " of\n") for name in metrics),
     ]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
+    for name in metrics:
+        table.add_column(Text(name), justify="right", overflow="fold")
     fastest = min((row.seconds for row in found.rows if row.seconds), default=None)
     for row in found.rows:
         own = [*_cost(row, fastest), *(_last(row, name) for name in metrics)]
@@ -155,7 +156,7 @@ def _cost(row: Row, fastest: float | None) -> tuple[str, ...]:
     known = row.seconds is not None and fastest is not None
     return (
         _three_digits(1e3 * row.seconds) if row.seconds is not None else "-",
-        f"{row.seconds / fastest:.1f}" if known else "-",  # type: ignore[operator]
+        f"{row.seconds / fastest:.3g}" if known else "-",  # type: ignore[operator]
         _three_digits(row.memory / 2**20) if row.memory is not None else "-",
     )
 
@@ -229,6 +230,7 @@ def comparison_figure(found: Comparison) -> Figure:
     """
     with styled():
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         figure = Figure(figsize=(11, 4))
         trade, ticks, seconds = figure.subplots(1, 3)
@@ -253,6 +255,9 @@ def comparison_figure(found: Comparison) -> Figure:
         figure.suptitle(f"{PurePath(found.script).name}, seed {found.seed}", fontsize=10)
         if points:
             trade.set(xscale="log", yscale="log")
+            trade.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            trade.xaxis.set_major_formatter("{x:g}")
+            trade.xaxis.set_minor_formatter(NullFormatter())
             trade.margins(0.25)
             _name(figure, trade, points)
         return figure
@@ -269,11 +274,11 @@ def _point(row: Row) -> tuple[float, ...]:
 
 def _name(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None:
     """Writes names beside points where there is room; the legend has all of them."""
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()
     radius = 5 * figure.dpi / 72
     centres = [axes.transData.transform((x, y)) for x, y, _ in points]
-    from matplotlib.transforms import Bbox
-
     taken = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius) for x, y in centres]
     for x, y, name in points:
         for dx, dy, ha in _PLACES:
@@ -288,9 +293,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None
             )
             text.set_in_layout(False)
             extent = text.get_window_extent()
-            room = axes.bbox
-            is_inside = room.x0 <= extent.x0 and extent.x1 <= room.x1
-            is_inside = is_inside and room.y0 <= extent.y0 and extent.y1 <= room.y1
+            is_inside = all(axes.bbox.contains(x, y) for x, y in extent.corners())
             if is_inside and not any(extent.overlaps(other) for other in taken):
                 taken.append(extent)
                 break
