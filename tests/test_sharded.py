@@ -131,6 +131,7 @@ WORDS = {
     "method": "mixed torch.Tensor and DTensor.*register_fsdp_forward_method",
     "half": "ModuleError: level 'low' .* runs in fp16, and its module is sharded",
     "offload": "ModuleError: level 'low' .* sharded with CPUOffloadPolicy",
+    "divided": "OptimizerError: level 'low' .* sharded",
     "solve": "RunError: level 'low' .* the module of 'low' is sharded",
 }
 
