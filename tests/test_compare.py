@@ -290,6 +290,45 @@ def third(m, top):
         assert diverged["start"]["top"]["error"] > 1e100
         assert cg["error"] is None
 
+    def test_a_process_that_is_killed_ends_its_method_alone(self, script, monkeypatch):
+        result = comparing._result
+
+        def killed(job):
+            if job.methods == ["identity"]:
+                raise NoResult(-9, "a warning\nout of memory\n")
+            return result(job)
+
+        monkeypatch.setattr(comparing, "_result", killed)
+        identity, cg = compared(script, "identity,cg")["rows"]
+        assert identity["error"] == "the process ended with code -9. out of memory"
+        assert identity["start"]["top"]["error"] > 0.1
+        assert cg["error"] is None
+
+    def test_ctrl_c_ends_all(self, script, monkeypatch):
+        def interrupted(job):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(comparing, "_result", interrupted)
+        assert compare(script, "cg").exit_code == 130
+
+    def test_nested_runs_are_compared_with_the_nested_reference(self, script):
+        script.write_text(QUADRATIC + "mlodeco.run(3, nested=True)")
+        found = compared(script, "cg,cg(damping=1)")
+        wanted = np.linalg.norm(1 / (CURVATURE + 1) - 1 / CURVATURE) / np.linalg.norm(1 / CURVATURE)
+        assert errors(found) == pytest.approx([0, wanted], abs=1e-12)
+
+    def test_a_terminal_sees_what_is_going_on(self, script, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        found = compare(script, "cg")
+        assert found.exit_code == 0
+        assert "cg (1 of 1)" in found.stderr
+
+    def test_what_a_solver_warns_of_is_told(self, script):
+        script.write_text(QUADRATIC.replace("2.0", "-2.0") + RUN)
+        found = compare(script, "cg,identity")
+        assert found.exit_code == 0
+        assert re.search(r" cg: .*CG after .*curvature", " ".join(found.stdout.split("\n")))
+
     def test_it_fails_if_all_do(self, script):
         found = compare(script, "broken,nope")
         assert found.exit_code == 1
