@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 _METRICS = 2
 """Columns of metrics, one less beside that of levels; the file of the comparison has them all."""
+
+_METRIC = 10
+"""The width to which the name of a metric is folded."""
 
 _ALIKE = 1e-6
 """The relative difference up to which two first losses are the same."""
@@ -118,11 +122,10 @@ def comparison_table(found: Comparison) -> Group:
     titles = [
         *(f"{when}\n{what}" for when in _moments(found) for what in ("error", "cosine", "length")),
         *("step\nms", "\nx", "memory\nMB"),
+        *("\n".join(wrap(name, _METRIC)) for name in metrics),
     ]
     for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for name in metrics:
-        table.add_column(Text(name), justify="right", overflow="fold")
+        table.add_column(Text(title), justify="right", no_wrap=True)
     fastest = min((row.seconds for row in found.rows if row.seconds), default=None)
     for row in found.rows:
         own = [*_cost(row, fastest), *(_last(row, name) for name in metrics)]
@@ -156,7 +159,7 @@ def _cost(row: Row, fastest: float | None) -> tuple[str, ...]:
     known = row.seconds is not None and fastest is not None
     return (
         _three_digits(1e3 * row.seconds) if row.seconds is not None else "-",
-        f"{row.seconds / fastest:.3g}" if known else "-",  # type: ignore[operator]
+        _three_digits(row.seconds / fastest) if known else "-",  # type: ignore[operator]
         _three_digits(row.memory / 2**20) if row.memory is not None else "-",
     )
 
