@@ -60,7 +60,8 @@ print("the script prints", *sys.argv[1:])
 RUN = "mlodeco.run(7, seed=3)\nprint('trained')\n"
 METRIC = """
 @validate(every=3, monitor="near", mode="min")
-def look(low, batch=None):
+def look(low, ctx):
+    ctx.log(vector=low.w)
     return {"far": low.w.sum(), "near": (low.w - 1).abs().sum()}
 """
 COLUMNS = ("error", "cosine", "length")

@@ -371,7 +371,8 @@ def _curves(
     ]
     curves: dict[str, list[tuple[int, float, float]]] = {}
     for name, tick, value in values:
-        if 0 < tick <= len(ends):
+        # a hook may log anything
+        if 0 < tick <= len(ends) and isinstance(value, int | float):
             curves.setdefault(name, []).append((tick, ends[tick - 1], value))
     return curves
 
@@ -380,11 +381,10 @@ def open_folder(folder: Path) -> None:
     """Makes the folder for a comparison, before the long part.
 
     Raises:
-        RunError: it cannot be written to.
+        RunError: it cannot be made.
     """
     with _written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _FILE).touch()
 
 
 def write_comparison(found: Comparison, folder: Path) -> None:
@@ -395,11 +395,8 @@ def write_comparison(found: Comparison, folder: Path) -> None:
     """
     text = json.dumps(plain(asdict(found)), indent=1, allow_nan=False)
     with _written(folder):
-        (folder / _FILE).write_text(f"{text}\n", encoding="utf-8")
+        (folder / "comparison.json").write_text(f"{text}\n", encoding="utf-8")
     save_figure(comparison_figure(found), folder / "comparison.png")
-
-
-_FILE: Final = "comparison.json"
 
 
 @contextmanager
