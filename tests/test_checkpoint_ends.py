@@ -126,6 +126,20 @@ def test_a_second_sigint_ends_at_once(tmp_path):
     assert runner.tick == 20
 
 
+@pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")
+def test_a_sigint_behind_a_sigterm_ends_at_once(tmp_path):
+    program = everything()
+
+    @program.on("before_step", level="low")
+    def end(ctx):
+        if ctx.tick == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, program, steps=5)
+
+
 def test_a_signal_behind_the_last_tick_ends_the_process_too(tmp_path):
     program = everything()
 
