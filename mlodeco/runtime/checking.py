@@ -463,7 +463,7 @@ def _doubt(solve: Solve) -> str:
     return (
         f"The reference at {solve.level!r} is itself rough, with a residual of "
         f"{_figure(solution.residual)} after {solution.steps} products: take its figures as a "
-        "sign, or give the reference a damping, which makes its system easier."
+        "sign, or have another, easier system as the reference: check(..., damping=...)."
     )
 
 
