@@ -68,6 +68,7 @@ def launch(out, plan, count, *, ends=True):
     return [json.loads(path.read_text()) for path in found], printed
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     process = worker(tmp_path, KILLS)
     printed = process.communicate(timeout=60 + 30 * KILLS)[0]
@@ -211,6 +212,7 @@ def several(tmp_path_factory):
     return out, found, printed
 
 
+@pytest.mark.slow
 def test_several_processes_go_on_to_the_bit(several):
     _, found, printed = several
     for one in found:
@@ -226,6 +228,7 @@ def test_several_processes_go_on_to_the_bit(several):
     assert ["SIGTERM ended the run at tick 33" in text for text in printed] == [True, False]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_divided_goes_on(several):
     _, found, _ = several
     for one in found:
@@ -233,6 +236,7 @@ def test_an_optimizer_that_is_divided_goes_on(several):
         assert one["and ended"]["metrics"] == one["divided"]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_sharded_level_goes_on(several):
     _, found, _ = several
     for one in found:
@@ -240,6 +244,7 @@ def test_a_sharded_level_goes_on(several):
         assert one["the rest"]["metrics"] == one["sharded"]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_write_keeps_all_from_it(several):
     out, found, _ = several
     assert list((out / "full" / "checkpoints").iterdir()) == []
@@ -247,6 +252,7 @@ def test_a_process_that_cannot_write_keeps_all_from_it(several):
     assert [one["full"]["ticks"] for one in found] == [8, 8]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_is_loaded_by_two(several):
     out, found, _ = several
     assert [one["from one"]["ticks"] for one in found] == [50, 50]
@@ -256,6 +262,7 @@ def test_a_checkpoint_of_one_process_is_loaded_by_two(several):
     assert metrics.startswith(one[: one.rindex('{"kind": "validation", "tick": 25')])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_loaded_by_one(several):
     out, found, _ = several
     program = everything()
