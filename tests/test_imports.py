@@ -109,7 +109,11 @@ def test_only_declared_libraries_are_imported(path):
     assert libraries_imported(path) - EXTRAS.get(name_of(path), set()) <= allowed
 
 
-EXTRAS = {"show/figures.py": {"matplotlib", "cycler"}, "show/progress.py": {"IPython"}}
+EXTRAS = {
+    "show/comparison.py": {"matplotlib"},
+    "show/figures.py": {"matplotlib", "cycler"},
+    "show/progress.py": {"IPython"},
+}
 """Libraries that are not always there, and the files that may ask for them."""
 
 

@@ -310,8 +310,8 @@ def plot(
     traceback: Traceback = False,
 ) -> None:
     """Draw the curves of runs, from the folders that they wrote by out=."""
-    from mlodeco.cli.pictures import draw_curves
     from mlodeco.cli.outcome import outcome
+    from mlodeco.cli.pictures import draw_curves
 
     with outcome(with_traceback=traceback):
         print(draw_curves(folders, out, level or (), metric or (), smooth))

@@ -81,3 +81,29 @@ def _main_module(script: Path, arguments: Sequence[str]) -> Iterator[ModuleType]
         yield main
     finally:
         sys.modules["__main__"], sys.argv, sys.path[:] = before
+
+
+def no_steps(script: Path) -> RunError:
+    """That nobody says how long a run is to be."""
+    return RunError(
+        f"{script.name} does not say how many steps to run.",
+        remedy="add --steps 1000, for instance.",
+    )
+
+
+def refuse_second_training(script: Path, program: mlodeco.Program, *, asked: bool) -> None:
+    """Ends a script that has stepped a Runner of its own, of which a command knows nothing.
+
+    Raises:
+        RunError: it was asked for something that does not reach it.
+        Shown: nothing was.
+    """
+    built = program.built
+    if built is None or not built.tick:
+        return
+    if asked:
+        raise RunError(
+            f"{script.name} trains by a Runner of its own, which options do not reach.",
+            remedy="call mlodeco.run() in the script, or leave the options out.",
+        )
+    raise Shown

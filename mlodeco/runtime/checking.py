@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from mlodeco.calculus.response import Method, Status
@@ -143,13 +145,89 @@ def compare(
     nested: bool,
 ) -> Findings:
     """Compares the methods of a level's sweep with converged ones; changes nothing."""
-    _check_damping(damping)
+    check_damping(damping)
     check_nested(nested)
     built, methods, given = prepare(level, batches, program, hypergrad)
     reference = {
         edge: Converged(damping=_damping_of(method) if damping is None else damping)
         for edge, method in methods.items()
     }
+    with _checking(built, level, given, methods, reference, nested=nested) as checker:
+        return checker.findings(nested=nested)
+
+
+class Yardstick:
+    """One reference, with which the whole hypergradients of several methods are compared.
+
+    Args:
+        level: the level whose hypergradient is looked at.
+        program: the program, whose parameters stay where they are meanwhile.
+        uppers: the levels on whose edges the methods are; the others keep theirs.
+        dampings: of the reference, on every edge.
+        nested: the hypergradients are the true derivatives through nested best responses.
+    """
+
+    def __init__(
+        self,
+        level: str,
+        *,
+        program: Registry,
+        uppers: Collection[str],
+        dampings: Mapping[tuple[str, str], float],
+        nested: bool = False,
+    ) -> None:
+        self._level = level
+        self._program = program
+        self._uppers = uppers
+        self._dampings = dampings
+        self._nested = nested
+        self._references: dict[tuple[str, ...], Hypergradient] = {}
+
+    def measure(self, hypergrad: Any) -> tuple[Agreement, list[str]]:
+        """How a method agrees with the reference, and what makes that doubtful.
+
+        Of unrolled methods both are taken at the end of an inner loop from the present
+        parameters. Nothing is changed.
+
+        Raises:
+            MlodecoError: as for :func:`compare`.
+        """
+        built, given, _ = prepare(self._level, None, self._program, hypergrad)
+        methods = {
+            edge: method if edge[0] in self._uppers else built.methods[edge]
+            for edge, method in given.items()
+        }
+        reference = {edge: Converged(damping=self._dampings[edge]) for edge in methods}
+        place = tuple(rolled_levels(built, methods, self._level))
+        nested = self._nested
+        with _checking(built, self._level, {}, methods, reference, nested=nested) as checker:
+            if place not in self._references:
+                self._references[place] = checker.true if nested else checker.exact
+            exact = self._references[place]
+            found = checker.sweep(methods, nested=nested)
+            return Agreement.between(found.gradient, exact.gradient), checker.doubts(exact)
+
+
+def dampings_of(built: Build) -> dict[tuple[str, str], float]:
+    """The damping that the program's own method has on each edge; zero for one without."""
+    return {edge: _damping_of(method) for edge, method in built.methods.items()}
+
+
+@contextmanager
+def _checking(
+    built: Build,
+    level: str,
+    given: Mapping[str, Any],
+    methods: Methods,
+    reference: Mapping[tuple[str, str], Method | None],
+    *,
+    nested: bool,
+) -> Iterator[_Checker]:
+    """What checks the methods, with all levels that it looks at open.
+
+    Raises:
+        RunError: the level has no path, or one on which no solve sees it.
+    """
     plan = built.plan(level, dict(reference))
     if not plan.edges:
         sees_more = built.needs_nesting(level, dict(reference))
@@ -172,10 +250,10 @@ def compare(
     seen = dict.fromkeys(name for one in involved for name in built.levels[one].seen)
     # once for all sweeps, of which processes with other numbers make more or fewer
     with built.opened(seen, whole=True):
-        return _Checker(built, plan, items, loops, methods, reference).findings(nested=nested)
+        yield _Checker(built, plan, items, loops, methods, reference)
 
 
-def _check_damping(damping: object) -> None:
+def check_damping(damping: object) -> None:
     """Refuses what is not a finite number of at least zero, or None.
 
     Raises:
@@ -233,27 +311,39 @@ class _Checker:
         self._loops = loops
         self._methods = methods
         self._reference: Methods = dict(reference)
-        self._direct = self._sweep(dict.fromkeys(methods)).gradient
-        self._exact = self._sweep(self._reference)
+
+    @cached_property
+    def exact(self) -> Hypergradient:
+        """With the reference on every edge."""
+        return self.sweep(self._reference)
+
+    @cached_property
+    def true(self) -> Hypergradient:
+        """The same through nested best responses."""
+        return self.sweep(self._reference, nested=True)
+
+    @cached_property
+    def _direct(self) -> Tree:
+        return self.sweep(dict.fromkeys(self._methods)).gradient
 
     def findings(self, *, nested: bool) -> Findings:
         """Every edge by itself, all together, and what to turn."""
         gap = self._gap_to_nested() if nested else None
         edges = [self._check(edge, self._methods[edge]) for edge in self._plan.edges]
-        actual = self._sweep(self._methods)
+        actual = self.sweep(self._methods)
         indirect = self._agreement(actual)
         advice = self._advise(edges, indirect)
         return Findings(
             level=self._plan.top,
             edges=tuple(edges),
             indirect=indirect,
-            overall=Agreement.between(actual.gradient, self._exact.gradient),
+            overall=Agreement.between(actual.gradient, self.exact.gradient),
             nested=gap,
-            references=self._exact.solves,
-            advice=" ".join([advice, *_advise_on_nested(gap), *self._doubts()]),
+            references=self.exact.solves,
+            advice=" ".join([advice, *_advise_on_nested(gap), *self.doubts(self.exact)]),
         )
 
-    def _sweep(self, methods: Methods, *, nested: bool = False) -> Hypergradient:
+    def sweep(self, methods: Methods, *, nested: bool = False) -> Hypergradient:
         built = self._built
         return compute_hypergradient(
             built,
@@ -267,17 +357,16 @@ class _Checker:
         )
 
     def _gap_to_nested(self) -> Agreement:
-        true = self._sweep(self._reference, nested=True)
-        return Agreement.between(self._exact.gradient, true.gradient)
+        return Agreement.between(self.exact.gradient, self.true.gradient)
 
     def _agreement(self, found: Hypergradient) -> Agreement:
         direct = self._direct
         return Agreement.between(
-            add(found.gradient, direct, -1.0), add(self._exact.gradient, direct, -1.0)
+            add(found.gradient, direct, -1.0), add(self.exact.gradient, direct, -1.0)
         )
 
     def _check(self, edge: tuple[str, str], method: Method | None) -> EdgeCheck:
-        found = self._sweep({**self._reference, edge: method})
+        found = self.sweep({**self._reference, edge: method})
         solve = next(
             (
                 s
@@ -356,11 +445,11 @@ class _Checker:
             found = f"{turn.method} solves a smoother one (cosine {_cosine(turn.agreement.cosine)})"
         return f"{found}." if found else "Solve the lower level further first."
 
-    def _doubts(self) -> list[str]:
+    def doubts(self, exact: Hypergradient) -> list[str]:
         """A sentence for each reference that is none, and one about warm starts."""
         warm = any(getattr(method, "warm_start", False) for method in self._methods.values())
         cold = ["Solves are cold here: a run's warm starts are better."] if warm else []
-        return cold + [doubt for solve in self._exact.solves if (doubt := _doubt(solve))]
+        return cold + [doubt for solve in exact.solves if (doubt := _doubt(solve))]
 
 
 def _doubt(solve: Solve) -> str:

@@ -49,7 +49,7 @@ def make_accelerator(given: Accelerator | None, **options: Any) -> Accelerator:
     return accelerator
 
 
-def _launched() -> int:
+def launched_count() -> int:
     """How many processes torchrun or accelerate has started."""
     found = os.environ.get("WORLD_SIZE", "1")
     return int(found) if found.isdecimal() else 1
@@ -83,19 +83,19 @@ def _unavailable(kind: DistributedType) -> RunError:
 def _new(options: dict[str, Any]) -> Accelerator:
     _refuse_asked_for()
     # without a GPU and without being told, accelerate forms no group of processes
-    needs_cpu = _launched() > 1 and not torch.cuda.is_available()
+    needs_cpu = launched_count() > 1 and not torch.cuda.is_available()
     try:
         return Accelerator(cpu=needs_cpu, **options)
     except (ValueError, RuntimeError, ImportError) as error:
         raise RunError(
-            f"no Accelerator for {_launched()} processes can be made: {error}",
+            f"no Accelerator for {launched_count()} processes can be made: {error}",
             remedy="look into the options of accelerate launch (FSDP needs GPUs and --fsdp_version "
             "2); make no Accelerator before the run, or one with cpu=True where there is no GPU.",
         ) from error
 
 
 def _check(accelerator: Accelerator) -> None:
-    seen, launched = accelerator.num_processes, _launched()
+    seen, launched = accelerator.num_processes, launched_count()
     if seen != launched:
         raise RunError(
             f"the Accelerator sees {seen} of the {launched} processes that were launched "

@@ -3,6 +3,13 @@
 from mlodeco.calculus.randomness import preserved_randomness
 
 with preserved_randomness():  # rich draws a number from ``random`` when it is first imported
+    from mlodeco.show.comparison import (
+        Comparison,
+        Row,
+        comparison_figure,
+        comparison_table,
+        loss_of,
+    )
     from mlodeco.show.curves import plot_histories
     from mlodeco.show.drawing import GraphView
     from mlodeco.show.figures import FORMATS, save_figure
@@ -12,9 +19,14 @@ with preserved_randomness():  # rich draws a number from ``random`` when it is f
 
 __all__ = [
     "FORMATS",
+    "Comparison",
     "Form",
     "GraphView",
     "Report",
+    "Row",
+    "comparison_figure",
+    "comparison_table",
+    "loss_of",
     "make_display",
     "method_table",
     "plot_histories",

@@ -1,4 +1,4 @@
-"""Figures by matplotlib, which is loaded here alone, in one style."""
+"""Figures by matplotlib in one style, and their files."""
 
 from __future__ import annotations
 

@@ -107,14 +107,14 @@ class Report:
         for name in ("steps", "residual", "error", "cosine", "length"):
             table.add_column(name, justify="right", no_wrap=True)
         for edge in self.edges:
-            table.add_row(edge.name, edge.method, *_solve(edge), *_figures(edge.agreement))
+            table.add_row(edge.name, edge.method, *_solve(edge), *figures_of(edge.agreement))
         if self.edges:
             table.add_section()
-            table.add_row("all, indirect", "", "", "", *_figures(self.findings.indirect))
-            table.add_row("all, with the direct", "", "", "", *_figures(self.findings.overall))
+            table.add_row("all, indirect", "", "", "", *figures_of(self.findings.indirect))
+            table.add_row("all, with the direct", "", "", "", *figures_of(self.findings.overall))
         if self.findings.nested is not None:
             table.add_section()
-            figures = _figures(self.findings.nested)
+            figures = figures_of(self.findings.nested)
             table.add_row("Eq. (2) against nested", "", "", "", *figures)
         return table
 
@@ -130,15 +130,16 @@ def _solve(edge: EdgeCheck) -> tuple[str, str]:
     if edge.solve is None:
         return "", ""
     solution = edge.solve.solution
-    return str(solution.steps), "" if solution.residual is None else _number(solution.residual)
+    return str(solution.steps), "" if solution.residual is None else short(solution.residual)
 
 
-def _figures(agreement: Agreement) -> tuple[str, str, str]:
+def figures_of(agreement: Agreement) -> tuple[str, str, str]:
+    """Error, cosine and length."""
     cosine = "-" if agreement.cosine is None else f"{agreement.cosine:.3f}"
-    return _number(agreement.error), cosine, _number(agreement.length)
+    return short(agreement.error), cosine, short(agreement.length)
 
 
-def _number(value: float | None) -> str:
+def short(value: float | None) -> str:
     """Three decimals, or a power of ten where these do not say it."""
     if value is None:
         return "-"

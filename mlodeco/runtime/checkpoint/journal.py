@@ -82,22 +82,23 @@ def read_records(text: str) -> list[Record]:
 def _line(record: Record) -> dict[str, Any]:
     fields = {name: value for name, value in vars(record).items() if name != "solves"}
     if isinstance(record, ValidationRecord):
-        return {"kind": "validation", **_plain(fields)}
-    solves = [_plain(solve._asdict()) for solve in record.solves]
-    return {"kind": "step", **_plain(fields), "solves": solves}
+        return {"kind": "validation", **plain(fields)}
+    solves = [plain(solve._asdict()) for solve in record.solves]
+    return {"kind": "step", **plain(fields), "solves": solves}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold of a value, as the lines of a journal do."""
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else json.dumps(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     if isinstance(value, Tensor) or hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return str(value)
 
 
