@@ -419,7 +419,7 @@ def test_the_page_of_the_command_line_is_that_of_its_script(session, monkeypatch
     text = (ROOT / "docs" / "command-line.md").read_text()
     script = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL).group(1)
     commands = re.findall(r"^mlodeco (\w+) script.py ?(.*)$", text, re.MULTILINE)
-    assert len(commands) == 9
+    assert len(commands) == 11
     for command, options in commands:
         found = session(command, script, *shlex.split(options))
         assert found.exit_code == 0, found.output
