@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -33,8 +34,8 @@ class LazyDraws:
     ) -> None:
         self._iterator = iterator
         streams = _GLOBAL if with_global else ()
-        own: list[Callable[[], Any]] = [lambda g=g: spot(g) for g in generators]  # type: ignore[misc]
-        self._streams = (*streams, *own)
+        own = (partial(spot, generator) for generator in generators)
+        self._streams: tuple[Callable[[], Any], ...] = (*streams, *own)
         self._looks = 0
         self._latest: list[Any] = []
         self._foreign: set[int] = set()
