@@ -103,7 +103,7 @@ def test_an_error_of_the_data_is_no_damage(tmp_path, monkeypatch):
     files = partial(DataLoader, Files(), 8, num_workers=1)
     run(tmp_path, fitted(files), steps=3, checkpoint_every=1)
     monkeypatch.setattr(Files, "is_gone", True)
-    with pytest.raises(DataError, match="FileNotFoundError(.|\n)*images/7.png x+ end") as caught:
+    with pytest.raises(DataError, match=r"FileNotFoundError(.|\n)*images/7.png x+ end") as caught:
         run(tmp_path, fitted(files), steps=5)
     assert not isinstance(caught.value, CheckpointError)
     assert (caught.value.level, type(caught.value.__cause__)) == ("low", FileNotFoundError)
