@@ -13,7 +13,7 @@ from mlodeco.calculus import numpy_stream
 from mlodeco.runtime.generators import spot
 
 _LOOKS = 64
-"""Items of a pass that are looked at: a look takes 20 microseconds for the global streams."""
+"""Items of a pass that are looked at: each takes 25 microseconds with the global streams."""
 
 
 class LazyDraws:
