@@ -24,7 +24,6 @@ from mlodeco.errors import (
     DataError,
     DeclarationError,
     GraphWarning,
-    RedeclarationWarning,
     RunError,
 )
 from tests.problems import generator, randn

@@ -537,9 +537,10 @@ class Runner:
         If a user's function raises, or Ctrl-C breaks a tick off, the level that was at it is as
         before its step, and the next call, or ``run``, goes on with the same tick from there: with
         the same batch and random numbers, so that nothing but the hooks called again tells of it.
-        Behind its optimizer's step, at ``after_step`` and later, a step counts. Fires neither ``run_start`` nor
-        ``run_end``, which belong to :meth:`run`. In several processes all end by an error of one,
-        and none goes on.
+        Behind its optimizer's step, at ``after_step`` and later, a step counts.
+
+        Fires neither ``run_start`` nor ``run_end``, which belong to :meth:`run`. In several
+        processes all end by an error of one, and none goes on.
 
         Raises:
             RunError: another process has failed.
@@ -763,9 +764,7 @@ class Runner:
         self._finish_step_events(name, ctx, extras, ended)
         record.metrics.update(ctx.logged)
 
-    def _draw(
-        self, trainer: Trainer, generator: torch.Generator
-    ) -> tuple[tuple[Drawn, ...], bool]:
+    def _draw(self, trainer: Trainer, generator: torch.Generator) -> tuple[tuple[Drawn, ...], bool]:
         """The micro-batches of a step, and whether a pass over the data ends with them.
 
         A step that was broken off is given the same again, and the same random numbers.
