@@ -46,7 +46,7 @@ from mlodeco.runtime.causes import Cause, find_cause
 from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
-from mlodeco.runtime.checkpoint.signals import uninterrupted
+from mlodeco.runtime.checkpoint.signals import Interrupts
 from mlodeco.runtime.checkpoint.state import Owners
 from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
 from mlodeco.runtime.compiling import backend_of
@@ -110,6 +110,9 @@ class Best:
     metrics: dict[str, float]
     path: Path | None = None
 
+    def __repr__(self) -> str:
+        return f"<Best: {self.metric} {self.value:.4g} at tick {self.tick}>"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -133,6 +136,10 @@ class Result:
     def skipped(self) -> dict[str, int]:
         """How many steps of each level were skipped, since their numbers were not finite."""
         return self.history.skipped
+
+    def __repr__(self) -> str:
+        best = "" if self.best is None else f"; best {self.best!r}".replace("<Best: ", "")[:-1]
+        return f"<Result: {counted(self.ticks, 'tick')}; {self.stop_reason}{best}>"
 
 
 class Listener(Protocol):
@@ -226,6 +233,7 @@ class Runner:
         self._steps: list[StepRecord] = []
         self._asked: dict[str, bool] = {}
         self._taken = 0
+        self._interrupts = Interrupts()
         self._drawn: _Draw | None = None
         self._is_between_ticks = True
         self._is_resumed = False
@@ -449,7 +457,12 @@ class Runner:
 
     def _run_to(self, last: int, steps: int) -> Result:
         signals = nullcontext() if self._output is None else self._output.signals
-        with signals, self._processes.ended_together(), _quiet(self._processes):
+        with (
+            signals,
+            self._interrupts,
+            self._processes.ended_together(),
+            _quiet(self._processes),
+        ):
             result = self._run(last, steps)
         self._leave_if_asked(result)
         return result
@@ -545,7 +558,7 @@ class Runner:
         Raises:
             RunError: another process has failed.
         """
-        with self._processes.ended_together(), _quiet(self._processes):
+        with self._interrupts, self._processes.ended_together(), _quiet(self._processes):
             return self._step()
 
     def _step(self) -> Tick:
@@ -556,7 +569,7 @@ class Runner:
             if name not in self._asked:
                 self._take_turn(name)
         self._roll_back_below([name for name, turned in self._asked.items() if turned])
-        with uninterrupted():
+        with self._interrupts.held:
             self.tick += 1
             steps, self._steps, self._asked = tuple(self._steps), [], {}
         tick = Tick(self.tick, steps, tuple(self._validate()))
@@ -715,7 +728,7 @@ class Runner:
         is_due = self._schedule.is_due(name)
         while is_due and self._taken < self.built.levels[name].declaration.repeat:
             self._take_step(name)
-        with uninterrupted():
+        with self._interrupts.held:
             if is_due:
                 self._finish_turn(name)
             self._asked[name], self._taken = is_due, 0
@@ -755,7 +768,7 @@ class Runner:
                 ctx.skipped = self._is_lost(name, found, batches)
                 extras = self._extras(trainer, found, batches, ctx)
                 norm, rate = self._prepare_update(name, ctx, recorder, extras, batches)
-            with uninterrupted():
+            with self._interrupts.held:
                 trainer.update(skipped=ctx.skipped)
                 if recorder is not None:
                     recorder.finish_step()
@@ -1060,7 +1073,7 @@ class Runner:
             trainer.tune()
             extras = self._extras(trainer, found, batches, ctx)
             self._prepare_update(name, ctx, None, extras, batches)
-            with uninterrupted():
+            with self._interrupts.held:
                 trainer.update(skipped=ctx.skipped)
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
