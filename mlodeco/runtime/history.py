@@ -92,9 +92,8 @@ class Tick:
     def __repr__(self) -> str:
         losses = [f"{record.level} {record.loss:.4g}" for record in self.steps]
         told = [f"{k} {v:.4g}" for r in self.validations for k, v in r.metrics.items()]
-        return (
-            f"<Tick {self.tick}: {'; '.join(', '.join(part) for part in (losses, told) if part)}>"
-        )
+        parts = "; ".join(", ".join(part) for part in (losses, told) if part)
+        return f"<Tick {self.tick}: {parts}>"
 
 
 class History:
