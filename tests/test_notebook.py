@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -82,6 +85,73 @@ def test_the_notebook_is_small_and_was_run_from_top_to_bottom(committed):
     assert NOTEBOOK.stat().st_size < 100_000
     counts = [cell.execution_count for cell in committed.cells if is_code(cell)]
     assert counts == list(range(1, len(counts) + 1))
+
+
+DECLARE = """
+@program.source
+def items():
+    while True:
+        yield 1.0
+
+@program.level("low", module={"x": torch.ones(1)}, optimizer=partial(SGD, lr=0.1))
+def low(m, items):
+    return (m.x**2).sum() * items * FACTOR
+"""
+LISTEN = """
+program.on("run_end")(lambda: seen.append("lambda"))
+
+@program.on("run_end")
+def hook():
+    seen.append("first")
+
+@program.on("run_end")
+def _():
+    seen.append("nobody")
+
+for n in range(2):
+    @program.on("run_end")
+    def looped(n=n):
+        seen.append(n)
+"""
+RUN = 'history = mlodeco.run(1, program=program, progress="off").history; print(seen)'
+CELLS = (
+    "import torch, mlodeco\nfrom functools import partial\nfrom torch.optim import SGD\n"
+    "program, seen = mlodeco.Program(), []",
+    *[DECLARE.replace("FACTOR", factor) for factor in ("1", "1", "2")],
+    LISTEN,
+    LISTEN,
+    'program.on("run_end")(lambda: seen.append("other"));',
+    RUN,
+    'print(history.losses("low"))',
+    'seen.clear()\n@program.on("run_end")\ndef hook():\n    seen.append("edited")',
+    RUN,
+)
+SHELL = """
+import json, sys, warnings
+warnings.simplefilter("error")
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in json.load(sys.stdin):
+    shell.run_cell(cell, store_history=True).raise_error()
+"""
+
+
+def test_cells_that_are_run_again_replace_what_they_declared(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SHELL],
+        input=json.dumps(CELLS),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "['lambda', 'first', 'nobody', 0, 1, 'other']",
+        "[2.0]",
+        "['lambda', 'edited', 'nobody', 0, 1, 'other']",
+    ]
 
 
 if __name__ == "__main__":

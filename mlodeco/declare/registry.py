@@ -693,8 +693,8 @@ def _is_declared_again(
     if not (new.site.interactive and old.site.interactive) or new.site.entry == old.site.entry:
         return False
     codes = [getattr(underlying(one.function), "__code__", None) for one in (old, new)]
-    is_same = new.site.file == old.site.file and codes[0] == codes[1]
-    return new.site.names_as(old.site) and (is_same or new.site.name not in _NO_NAMES)
+    is_known = new.site.name not in _NO_NAMES or codes[0] == codes[1]
+    return new.site.names_as(old.site) and is_known
 
 
 def _put(
