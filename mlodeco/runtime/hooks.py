@@ -119,7 +119,7 @@ class Hooks:
     def state_dict(self) -> dict[str, Any]:
         """How often each was due to be called, by event."""
         events = self._by_event.items()
-        return {event: [hook.counts for hook in hooks] for event, hooks in events}
+        return {event: [dict(hook.counts) for hook in hooks] for event, hooks in events}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting; hooks that have been added or taken away count anew."""

@@ -110,9 +110,6 @@ class Best:
     metrics: dict[str, float]
     path: Path | None = None
 
-    def __repr__(self) -> str:
-        return f"<Best: {self.metric} {self.value:.4g} at tick {self.tick}>"
-
 
 @dataclass(frozen=True)
 class Result:
@@ -138,8 +135,10 @@ class Result:
         return self.history.skipped
 
     def __repr__(self) -> str:
-        best = "" if self.best is None else f"; best {self.best!r}".replace("<Best: ", "")[:-1]
-        return f"<Result: {counted(self.ticks, 'tick')}; {self.stop_reason}{best}>"
+        found, told = self.best, ""
+        if found is not None:
+            told = f"; best {found.metric} {found.value:.4g} at tick {found.tick}"
+        return f"<Result: {counted(self.ticks, 'tick')}; {self.stop_reason}{told}>"
 
 
 class Listener(Protocol):
@@ -548,8 +547,8 @@ class Runner:
         """One tick: levels without lower levels step, then those whose turn has come.
 
         If a user's function raises, or Ctrl-C breaks a tick off, the level that was at it is as
-        before its step, and the next call, or ``run``, goes on with the same tick from there: with
-        the same batch and random numbers, so that nothing but the hooks called again tells of it.
+        before its step, and the next call, or ``run``, goes on with the same tick from there:
+        behind an error with the next batch, behind Ctrl-C with the same batch and random numbers.
         Behind its optimizer's step, at ``after_step`` and later, a step counts.
 
         Fires neither ``run_start`` nor ``run_end``, which belong to :meth:`run`. In several
@@ -568,7 +567,8 @@ class Runner:
         for name in self.built.graph.order:
             if name not in self._asked:
                 self._take_turn(name)
-        self._roll_back_below([name for name, turned in self._asked.items() if turned])
+        with self._broken_off():
+            self._roll_back_below([name for name, turned in self._asked.items() if turned])
         with self._interrupts.held:
             self.tick += 1
             steps, self._steps, self._asked = tuple(self._steps), [], {}
@@ -727,11 +727,28 @@ class Runner:
         """The level's turn, if it is due; goes on with one that an exception has broken off."""
         is_due = self._schedule.is_due(name)
         while is_due and self._taken < self.built.levels[name].declaration.repeat:
-            self._take_step(name)
+            with self._broken_off():
+                self._take_step(name)
         with self._interrupts.held:
             if is_due:
                 self._finish_turn(name)
             self._asked[name], self._taken = is_due, 0
+
+    @contextmanager
+    def _broken_off(self) -> Iterator[None]:
+        """Lets the hooks of a step that is broken off, and comes again, count it once.
+
+        It is given the same batch again, unless an error has ended it: that may be the reason.
+        """
+        counts, taken = self._hooks.state_dict(), self._taken
+        try:
+            yield
+        except BaseException as error:
+            if self._taken == taken:
+                self._hooks.load_state_dict(counts)
+            if isinstance(error, Exception):
+                self._drawn = None
+            raise
 
     def _finish_turn(self, name: str) -> None:
         self._schedule.finish_turn(name)
@@ -780,7 +797,7 @@ class Runner:
     def _draw(self, trainer: Trainer, generator: torch.Generator) -> tuple[tuple[Drawn, ...], bool]:
         """The micro-batches of a step, and whether a pass over the data ends with them.
 
-        A step that was broken off is given the same again, and the same random numbers.
+        A step that Ctrl-C has broken off is given the same again, and the same random numbers.
         """
         if self._drawn is not None:
             self._drawn.streams.restore()
