@@ -238,15 +238,23 @@ CASES["schedule"] = partial(
 )
 
 
-def feedback(parts):
-    """A mid-level that feeds back into its lower level, for nested responses."""
+def feedback(parts, threshold=-torch.inf):
+    """A mid-level that feeds back into its lower level, for nested responses.
+
+    With a threshold a loss depends on the levels that it reads in some processes alone.
+    """
     program = Program()
     sgd = partial(SGD, lr=0.05)
 
     @program.level("low", module=vector(), optimizer=sgd, data=loader(1, parts))
     def low(m, batch, mid):
         x, y = batch
-        return ((x @ m.x - y) ** 2 * (x @ mid.x).sigmoid()).mean() + (m.x**2).sum()
+        loss = (m.x**2).sum()
+        mask = x[:, 0] > threshold
+        if mask.any():
+            x, y = x[mask], y[mask]
+            loss = loss + ((x @ m.x - y) ** 2 * (x @ mid.x).sigmoid()).sum() / len(mask)
+        return loss
 
     @program.level(
         "mid", lower=["low"], hypergrad=CG(), module=vector(), optimizer=sgd, data=loader(2, parts)
@@ -266,6 +274,7 @@ def feedback(parts):
 
 
 CASES["nested"] = feedback
+CASES["nested branches"] = partial(feedback, threshold=0.8)
 
 
 def tasks(parts):
@@ -486,7 +495,7 @@ def state(program):
 def train(case, parts, **options):
     """The parameters and losses behind a run of a case."""
     program = CASES[case](parts)
-    is_nested = case == "nested"
+    is_nested = case.startswith("nested")
     runner = Runner(program, seed=3, nested=is_nested, **options)
     processes, exchanges = runner._processes, []
     exchange = processes.exchange

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam
 
@@ -635,6 +636,14 @@ def refused():
         ).run(1),
         "half": lambda: Runner(bilevel("neumann", 2, "sharded", precision="fp16")),
         "offload": lambda: Runner(bilevel("neumann", 2, "sharded", shard=offloaded)),
+        "divided": lambda: Runner(
+            bilevel(
+                "neumann",
+                2,
+                "sharded",
+                optimizer=partial(ZeroRedundancyOptimizer, optimizer_class=Adam, lr=0.1),
+            )
+        ),
         "solve": lambda: mlodeco.solve("low", steps=1, program=bilevel("neumann", 2, "sharded")),
     }
     return {name: message_of(function) for name, function in shown.items()}

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from mlodeco import Runner
 from mlodeco.errors import DataError, OptimizerError, RunError
 from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
+from mlodeco.runtime.processes import SeveralProcesses
 from mlodeco.runtime.shares import share
 from tests.launching import LAUNCHERS, launched
 from tests.parallel_worker import (
@@ -136,6 +137,8 @@ def test_the_options_of_a_given_accelerator_take_effect(healthy):
     assert given["plain"]["collectives"] == one["collectives"]
     assert given["buckets"]["collectives"] > one["collectives"]
     assert 1e-6 < distance(given["hook"]["state"], one["state"]) < 1e-2
+    first = given["hook"]["losses"]["low"][0]  # gradients are in half precision, losses are not
+    assert first == pytest.approx(one["losses"]["low"][0], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["neumann", "sama", "unroll", "cg"])
@@ -305,6 +308,49 @@ def test_other_engines_are_refused(kind, words, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
     with pytest.raises(RunError, match=rf"(?s){kind.value}.*{words}"):
         Runner(bilevel("identity", 1))
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+def test_other_engines_are_refused_before_accelerate_looks_for_them(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(RunError, match=f"kind {name} is not available"):
+        Runner(bilevel("identity", 1))
+
+
+class Work:
+    """A collective that is over at a look, in the middle of which its time runs out."""
+
+    def __init__(self, over_at, error=None):
+        self.over_at, self.error, self.waits = over_at, error, 0
+
+    def wait(self, timeout=None):
+        self.waits += 1
+        if self.error is not None and self.is_completed():
+            raise self.error
+        if timeout is not None:
+            raise RuntimeError("timed out")
+
+    def is_completed(self):
+        return self.waits >= self.over_at
+
+
+def waiting(looks):
+    found = object.__new__(SeveralProcesses)
+    found._device = torch.device("cpu")
+    found._board = SimpleNamespace(check=lambda: looks.append("look"))
+    return found
+
+
+def test_a_process_that_is_late_is_waited_for():
+    looks, work = [], Work(over_at=3)
+    waiting(looks)._wait(work)
+    assert (work.waits, looks) == (4, ["look", "look"])
+
+
+def test_a_collective_that_fails_says_why():
+    work = Work(over_at=2, error=RuntimeError("no such device"))
+    with pytest.raises(RuntimeError, match="no such device"):
+        waiting([])._wait(work)
 
 
 def test_gradient_accumulation_belongs_to_levels():

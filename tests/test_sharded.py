@@ -8,6 +8,8 @@ import torch
 from tests.sharded_worker import BESIDE_WHOLE, CASES, ONCE, UNEQUAL, train
 from tests.test_parallel import distance, finish, free_port, left, place, start
 
+pytestmark = pytest.mark.slow
+
 IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name} | {
     "rollback",
     "source",
@@ -131,6 +133,7 @@ WORDS = {
     "method": "mixed torch.Tensor and DTensor.*register_fsdp_forward_method",
     "half": "ModuleError: level 'low' .* runs in fp16, and its module is sharded",
     "offload": "ModuleError: level 'low' .* sharded with CPUOffloadPolicy",
+    "divided": "OptimizerError: level 'low' .* sharded",
     "solve": "RunError: level 'low' .* the module of 'low' is sharded",
 }
 

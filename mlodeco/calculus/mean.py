@@ -66,7 +66,8 @@ def tied(loss: Tensor, values: Mapping[str, Tree], mean: Mean | None) -> Tensor:
     """The same loss, that depends on whatever the loss of some process does.
 
     A loss that is constant or linear in a parameter, on one process's data alone, would leave out
-    means that the others wait for. The zero added has derivatives of every order.
+    means that the others wait for; so would mixed derivatives, where it adds one parameter to
+    another. The zero added has derivatives of every order in all of them together.
 
     Args:
         loss: the loss.
@@ -84,8 +85,12 @@ def tied(loss: Tensor, values: Mapping[str, Tree], mean: Mean | None) -> Tensor:
     flags = {key: tensor.detach().new_zeros((), dtype=loss.dtype) for key, tensor in given.items()}
     used = is_used(loss.grad_fn, given.values())
     own = {key: flags[key] for key, flag in zip(flags, used, strict=True) if flag}
-    zeros = [0.0 * given[key].cos().sum() for key in mean([own], [flags])[0]]
-    return loss + torch.stack(zeros).sum() if zeros else loss
+    sums = [_real(given[key]).sum().to(loss) for key in mean([own], [flags])[0]]
+    return loss + 0.0 * torch.stack(sums).sum().cos() if sums else loss
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class _Shared(torch.autograd.Function):
