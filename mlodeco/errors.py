@@ -212,4 +212,4 @@ class CheckpointWarning(MlodecoWarning):
 
 
 class RedeclarationWarning(MlodecoWarning):
-    """An interactive declaration replaced an earlier one of the same name."""
+    """A declaration replaced one of another function, or came too late for a Runner."""

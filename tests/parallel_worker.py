@@ -465,6 +465,22 @@ def sparse(parts):
 
 CASES["sparse"] = sparse
 
+
+def hooked(parts):
+    """Gradients that hooks change, by functions that are not linear: those of the mean."""
+    program = bilevel("neumann", parts)
+
+    @program.on("hypergradient", level="top")
+    @program.on("after_backward", level="low")
+    def squash(grads):
+        for grad in grads.values():
+            grad.tanh_()
+
+    return program
+
+
+CASES["hooks"] = hooked
+
 EXPLICIT = {"kept graphs", "tasks", "sparse"}
 """The cases in which no level's steps go through DDP."""
 

@@ -280,17 +280,14 @@ class Prompt:
 
 
 class TestRedeclaration:
-    def test_at_a_prompt_replaces_and_says_so(self, program):
+    def test_at_a_prompt_replaces_without_a_word(self, program):
         declare_pair(other := Program())
         program.level("top", lower=["low"], module=vector)(other.levels["top"].function)
         prompt = Prompt(program=program, module=vector)
         prompt.enter(CELL.format(factor=1.0))
         top = program.module("top")
         low = program.module("low")
-        with pytest.warns(RedeclarationWarning, match=r"level 'low' \(<stdin>:\d+\)") as caught:
-            prompt.enter(CELL.format(factor=5.0))
-        assert len(caught) == 1
-        assert caught[0].filename == "<stdin>"
+        prompt.enter("\n\n" + CELL.format(factor=5.0))
         assert program.levels["low"].function is prompt.names["lower"]
         assert program.module("top") is top
         assert program.module("low") is not low
@@ -302,8 +299,7 @@ class TestRedeclaration:
             lambda own, low: ((low.x + 1) ** 2).sum()
         )
         once = mlodeco.hypergradient("top", program=program)["x"]
-        with pytest.warns(RedeclarationWarning):
-            prompt.enter(CELL.format(factor=5.0))
+        prompt.enter(CELL.format(factor=5.0))
         assert torch.allclose(mlodeco.hypergradient("top", program=program)["x"], 5 * once)
 
     def test_that_is_turned_into_an_error_leaves_no_trace(self, program):
@@ -313,14 +309,16 @@ class TestRedeclaration:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(RedeclarationWarning):
-                prompt.enter(CELL.format(factor=5.0))
+                prompt.enter(CELL.format(factor=5.0).replace("lower", "another"))
         assert (dict(program.levels), program.version) == before
 
     def test_at_a_prompt_replaces_a_level_whatever_its_function_is_called(self, program):
         prompt = Prompt(program=program, module=vector)
         prompt.enter(CELL.format(factor=1.0))
-        with pytest.warns(RedeclarationWarning, match="'low'"):
+        with pytest.warns(RedeclarationWarning, match=r"level 'low' \(<stdin>:\d+\)") as caught:
             prompt.enter(CELL.format(factor=1.0).replace("lower", "another"))
+        assert len(caught) == 1
+        assert caught[0].filename == "<stdin>"
         assert program.levels["low"].function.__name__ == "another"
 
     def test_in_a_module_is_an_error(self, program):
@@ -349,13 +347,104 @@ def solve(matvec, b):
 """
         prompt = Prompt(program=program, seen=seen)
         prompt.enter(code.format(number=1))
-        with pytest.warns(RedeclarationWarning) as caught:
-            prompt.enter(code.format(number=2))
-        assert len(caught) == 4
-        assert {warning.filename for warning in caught} == {"<stdin>"}
+        prompt.enter("\n" + code.format(number=2))
         result = run(program)
         assert seen == [2, 2]
         assert [record.metrics for record in result.history.validations] == [{"number": 2.0}]
+
+    def test_twice_in_one_input_says_so(self, program):
+        prompt = Prompt(program=program, module=vector)
+        with pytest.warns(RedeclarationWarning, match="level 'low'"):
+            prompt.enter(2 * CELL.format(factor=1.0))
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            # in a loop, by a class, by partials, of a function from elsewhere
+            "for n in (1, 2):\n    program.on('run_end')(lambda n=n: seen.append(n))",
+            "for n in (1, 2):\n    @program.on('run_end')\n    def _(n=n): seen.append(n)",
+            "for n in (1, 2):\n    @program.on('run_end')\n    def hook(n=n): seen.append(n)",
+            "class Log:\n    def __init__(self, n): self.n = n\n"
+            "    def note(self): seen.append(self.n)\n"
+            "one, two = Log(1), Log(2)\n"
+            "program.on('run_end')(one.note)\nprogram.on('run_end')(two.note)",
+            "program.on('run_end')(partial(note, 1))\nprogram.on('run_end')(partial(note, 2))",
+        ],
+    )
+    def test_of_hooks_in_one_input_adds_them_and_another_run_of_it_replaces_all(
+        self, program, code
+    ):
+        program.level("low", module=vector, optimizer=sgd)(square)
+        seen: list[int] = []
+
+        def note(n):
+            seen.append(n)
+
+        program.on("run_end")(lambda: seen.append(3))
+        prompt = Prompt(program=program, seen=seen, partial=functools.partial, note=note)
+        prompt.enter("program.on('run_end')(lambda: seen.append(0))")
+        for _ in range(3):
+            prompt.enter(code)
+        assert len(program.hooks) == 4
+        run(program)
+        assert seen == [3, 0, 1, 2]
+
+    def test_of_nameless_hooks_of_several_inputs_adds_them(self, program):
+        prompt = Prompt(program=program)
+        for number in range(3):
+            prompt.enter(f"program.on('run_end')(lambda: {number})")
+            prompt.enter(f"@program.on('run_end')\ndef _(): return {number}")
+        assert len(program.hooks) == 6
+
+    def test_keeps_the_place_of_a_hook(self, program):
+        prompt = Prompt(program=program)
+        code = "@program.on('run_end')\ndef {name}(): pass"
+        for name in ("a", "b", "c", "b"):
+            prompt.enter(code.format(name=name))
+        assert [hook.site.name for hook in program.hooks] == ["a", "b", "c"]
+        assert program.hooks[1].function is prompt.names["b"]
+
+    def test_of_a_hook_at_another_event_says_so(self, program):
+        prompt = Prompt(program=program)
+        code = "@program.on('{event}')\ndef hook(): pass"
+        prompt.enter(code.format(event="run_start"))
+        with pytest.warns(RedeclarationWarning, match="the hook 'hook' on 'run_start'"):
+            prompt.enter(code.format(event="run_end"))
+        assert [hook.event for hook in program.hooks] == ["run_end"]
+
+    def test_of_a_monitor_at_a_prompt_replaces_it(self, program):
+        prompt = Prompt(program=program)
+        code = "@program.validate(monitor='{name}', mode='min')\ndef check(): pass"
+        prompt.enter(code.format(name="a"))
+        prompt.enter(code.format(name="b"))
+        assert [validation.monitor for validation in program.validations] == ["b"]
+
+    def test_of_a_tracked_object_at_a_prompt_replaces_it(self, program):
+        class Kept:
+            def state_dict(self):
+                return {}
+
+            def load_state_dict(self, state):
+                pass
+
+        prompt = Prompt(program=program, Kept=Kept)
+        for _ in range(2):
+            prompt.enter("kept = program.track('kept', Kept())")
+        assert program.tracked == {"kept": prompt.names["kept"]}
+
+    def test_behind_a_runner_is_told_to_it_once_and_changes_nothing_in_it(self, program):
+        prompt = Prompt(program=program, module=vector)
+        alone = CELL.replace(", top", "").replace("- top.x", "")
+        prompt.enter(alone.format(factor=1.0))
+        runner = mlodeco.Runner(program)
+        first = runner.step().steps[0].loss
+        prompt.enter(alone.format(factor=5.0))
+        with pytest.warns(RedeclarationWarning, match="make a new one") as caught:
+            runner.run(2)
+        assert len(caught) == 1
+        assert runner.history.losses("low")[1] < first
+        fresh = mlodeco.Runner(program)
+        assert fresh.step().steps[0].loss == pytest.approx(5 * first)
 
     def test_of_hooks_in_a_module_adds_them(self, program):
         program.level("low", module=vector, optimizer=sgd)(square)

@@ -658,7 +658,7 @@ class TestUpdate:
         exec(code, names)
         with pytest.warns(RedeclarationWarning, match="update rule of 'low'") as caught:
             exec(code, names)
-        assert len(caught) == 1
+        assert len(caught) == 1  # the same input, which declares it twice
         assert program.updates["low"].function is names["rule"]
 
 

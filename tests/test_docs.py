@@ -10,6 +10,7 @@ import pytest
 import mlodeco
 from mlodeco.declare.registry import EVENTS
 from mlodeco.hypergrad import NAMES
+from mlodeco.runtime.hooks import OFFERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,6 +62,15 @@ def test_every_event_of_a_hook_is_listed():
     table = text[text.index("| event | when |") :].partition("\n\n")[0]
     listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert listed == list(EVENTS)
+
+
+def test_the_page_on_hooks_lists_what_is_offered():
+    table = (ROOT / "docs" / "hooks.md").read_text().partition("| event | when |")[2]
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", table.partition("\n\n")[0], re.MULTILINE)
+    assert {event: tuple(re.findall(r"`(\w+)`", offers)) for event, offers in rows} == OFFERS
+    assert [event for event, _ in rows] == list(EVENTS)
+    explained = set(re.findall(r"`(\w+)`", table.partition("| argument | is |")[2]))
+    assert {name for offers in OFFERS.values() for name in offers} <= explained
 
 
 def test_every_method_has_its_name_in_the_page_about_methods():

@@ -113,6 +113,16 @@ class ValidationDeclaration:
     patience: int | None
 
 
+def describe_hook(declaration: HookDeclaration) -> str:
+    """A hook in words, for messages that name its place as well."""
+    return f"the hook {declaration.site.name!r} on {declaration.event!r}"
+
+
+def describe_validation(declaration: ValidationDeclaration) -> str:
+    """A validation in words, for messages that name its place as well."""
+    return f"the validation {declaration.site.name!r}"
+
+
 @dataclass(frozen=True, eq=False)
 class MethodDeclaration:
     """A linear solver or method object under a name of the user's."""

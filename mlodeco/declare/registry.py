@@ -28,9 +28,10 @@ from mlodeco.declare.records import (
     Unset,
     UpdateDeclaration,
     ValidationDeclaration,
+    describe_hook,
 )
 from mlodeco.declare.replicas import Replicas
-from mlodeco.declare.site import Site, locate, locate_call
+from mlodeco.declare.site import Site, locate, locate_call, underlying
 from mlodeco.declare.sources import declare_source
 from mlodeco.declare.updates import declare_update
 from mlodeco.errors import (
@@ -87,6 +88,9 @@ LEVEL_OPTIONS: Final = (
     "replicas",
     "tune",
 )
+
+_NO_NAMES: Final = ("<lambda>", "_")
+"""What functions are called that nobody has named."""
 
 _LEVEL: Final = "@level('name', module=..., ...)"
 
@@ -332,6 +336,7 @@ class Registry:
             site = locate(function)
             check = Checker("@on", None, site)
             check.function(function)
+            check.names_taken(function, "a hook")
             check.unknown(unknown, ("event", "level", "every"))
             check.choice("event", event, EVENTS)
             if level is not None and event in RUN_EVENTS:
@@ -525,7 +530,8 @@ class Registry:
         Raises:
             DeclarationError: it has no such methods, or the name is taken.
         """
-        check = Checker("track", None, locate_call(str(name)))
+        site = locate_call(str(name))
+        check = Checker("track", None, site)
         if not isinstance(name, str) or not name:
             raise check.error(
                 f"the name of a tracked object is {name!r}.",
@@ -539,7 +545,7 @@ class Registry:
                 expected="an object with state_dict() and load_state_dict(state).",
                 remedy="give its class these two methods.",
             )
-        if self.tracked.get(name, value) is not value:
+        if self.tracked.get(name, value) is not value and not site.interactive:
             raise check.error(
                 f"the program tracks another object under the name {name!r}.",
                 remedy="rename one of them.",
@@ -573,7 +579,7 @@ class Registry:
 
     def _refuse_second_monitor(self, new: ValidationDeclaration, check: Checker) -> None:
         for old in self.validations:
-            if new.monitor and old.monitor and not _replaces(new.site, old.site):
+            if new.monitor and old.monitor and not _is_declared_again(old, new):
                 raise check.error(
                     f"monitor={new.monitor!r}, and the validation at {old.site} monitors "
                     f"{old.monitor!r} already.",
@@ -589,14 +595,13 @@ class Registry:
                 f"the source has the name of the level {name!r}, declared at {level.site}.",
                 remedy="rename one of them: an argument of that name would be ambiguous.",
             )
-        replaces = taken is not None and declaration.site.interactive and taken.site.interactive
-        if taken is not None and not replaces:
-            raise check.error(
-                f"the source {name!r} is declared twice, first at {taken.site}.",
-                remedy="rename one of them, or use a Program for each.",
-            )
-        if replaces:
-            _warn_of_replacement(f"source {name!r}", declaration.site)
+        _refuse_second(
+            check,
+            f"source {name!r}",
+            declaration,
+            taken,
+            remedy="rename one of them, or use a Program for each.",
+        )
         self.sources[name] = declaration
         self.version += 1
 
@@ -607,13 +612,6 @@ class Registry:
             raise check.error(
                 f"the level has the name of the source {name!r}, declared at {source.site}.",
                 remedy="rename one of them: an argument of that name would be ambiguous.",
-            )
-        taken = self.levels.get(name)
-        replaces = taken is not None and declaration.site.interactive and taken.site.interactive
-        if taken is not None and not replaces:
-            raise check.error(
-                f"the level {name!r} is declared twice, first at {taken.site}.",
-                remedy="rename one of them, or use a Program for each.",
             )
         lower = {known.name: known.lower for known in self.levels.values()}
         cycle = find_cycle({**lower, name: declaration.lower})
@@ -626,8 +624,13 @@ class Registry:
                 level=name,
                 site=str(declaration.site),
             )
-        if replaces:
-            _warn_of_replacement(f"level {name!r}", declaration.site)
+        _refuse_second(
+            check,
+            f"level {name!r}",
+            declaration,
+            self.levels.get(name),
+            remedy="rename one of them, or use a Program for each.",
+        )
         self.levels[name] = declaration
         self.version += 1
 
@@ -663,35 +666,54 @@ def _refuse_bare(decorator: str, given: object, missing: str, example: str) -> N
 def _refuse_second(
     check: Checker,
     what: str,
-    new: MethodDeclaration | UpdateDeclaration,
-    old: MethodDeclaration | UpdateDeclaration | None,
+    new: LevelDeclaration | SourceDeclaration | MethodDeclaration | UpdateDeclaration,
+    old: LevelDeclaration | SourceDeclaration | MethodDeclaration | UpdateDeclaration | None,
     *,
     remedy: str,
 ) -> None:
-    """Refuses a second declaration of one name in a module; at a prompt it replaces the first."""
-    if old is not None and not new.site.interactive:
+    """Refuses a second declaration of one name in a module; at a prompt it replaces the first.
+
+    Quietly if a cell was run again, edited perhaps: the same function, declared anew.
+    """
+    if old is None:
+        return
+    if not (new.site.interactive and old.site.interactive):
         raise check.error(f"the {what} is declared twice, first at {old.site}.", remedy=remedy)
-    if old is not None:
-        _warn_of_replacement(what, new.site)
+    if new.site.entry == old.site.entry or not new.site.names_as(old.site):
+        _warn_of_replacement(what, old.site, new.site)
 
 
-def _replaces(new: Site, old: Site) -> bool:
-    return new.interactive and (new.module, new.qualname) == (old.module, old.qualname)
+def _is_declared_again(
+    old: HookDeclaration | ValidationDeclaration, new: HookDeclaration | ValidationDeclaration
+) -> bool:
+    """Whether a later input at a prompt declares the same function: its cell was run again.
+
+    Functions have a name in common by chance if that is no name: these must be the same.
+    """
+    if not (new.site.interactive and old.site.interactive) or new.site.entry == old.site.entry:
+        return False
+    codes = [getattr(underlying(one.function), "__code__", None) for one in (old, new)]
+    is_known = new.site.name not in _NO_NAMES or codes[0] == codes[1]
+    return new.site.names_as(old.site) and is_known
 
 
 def _put(
     declarations: list[HookDeclaration] | list[ValidationDeclaration],
     new: HookDeclaration | ValidationDeclaration,
 ) -> None:
-    """Appends a declaration, or replaces the earlier one of the same function at a prompt."""
+    """Appends a declaration; one of a cell that was run again takes the place of the former.
+
+    Where that was at another event, all former ones of the function go.
+    """
     known: list[Any] = declarations
-    for number, old in enumerate(known):
-        same = _place(old) == _place(new) and old.function is not new.function
-        if same and _replaces(new.site, old.site) and "<lambda>" not in new.site.qualname:
-            _warn_of_replacement(new.site.qualname, new.site)
-            known[number] = new
-            return
-    known.append(new)
+    former = [old for old in known if _is_declared_again(old, new)]
+    same = [old for old in former if _place(old) == _place(new)]
+    if former and not same:
+        _warn_of_replacement(describe_hook(former[0]), former[0].site, new.site)
+    gone = same or former
+    position = known.index(gone[0]) if gone else len(known)
+    known[:] = [old for old in known if old not in gone]
+    known.insert(position, new)
 
 
 def _place(declaration: Any) -> tuple[Any, ...]:
@@ -699,12 +721,13 @@ def _place(declaration: Any) -> tuple[Any, ...]:
     return getattr(declaration, "event", None), getattr(declaration, "level", None)
 
 
-def _warn_of_replacement(what: str, site: Site) -> None:
+def _warn_of_replacement(what: str, old: Site, new: Site) -> None:
     warnings.warn_explicit(
-        f"{what} ({site}) replaces its earlier declaration.",
+        f"{what} ({old}) is replaced by {new.name!r} ({new}). Remedy: if both are meant, give "
+        "them different names.",
         RedeclarationWarning,
-        site.file,
-        site.line,
+        new.file,
+        new.line,
     )
 
 

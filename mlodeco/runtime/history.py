@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from mlodeco.errors import RunError, counted, did_you_mean, quoted
+from mlodeco.runtime.tables import Frames, to_frames, to_html
 
 if TYPE_CHECKING:
     from mlodeco.show.figures import Figure
@@ -65,6 +66,11 @@ class StepRecord:
     cosine: float | None = None
     skipped: bool = False
 
+    def __repr__(self) -> str:
+        what = "skipped" if self.skipped else f"loss {self.loss:.4g}"
+        told = "".join(f", {key} {_shown(value)}" for key, value in self.metrics.items())
+        return f"<step {self.step} of {self.level!r} at tick {self.tick}: {what}{told}>"
+
 
 @dataclass(frozen=True)
 class ValidationRecord:
@@ -72,6 +78,10 @@ class ValidationRecord:
 
     tick: int
     metrics: dict[str, float]
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{key} {value:.4g}" for key, value in self.metrics.items())
+        return f"<validation at tick {self.tick}: {told}>"
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,12 @@ class Tick:
     tick: int
     steps: tuple[StepRecord, ...]
     validations: tuple[ValidationRecord, ...] = ()
+
+    def __repr__(self) -> str:
+        losses = [f"{record.level} {record.loss:.4g}" for record in self.steps]
+        told = [f"{k} {v:.4g}" for r in self.validations for k, v in r.metrics.items()]
+        parts = "; ".join(", ".join(part) for part in (losses, told) if part)
+        return f"<Tick {self.tick}: {parts}>"
 
 
 class History:
@@ -173,6 +189,16 @@ class History:
         """The steps as flat dictionaries, for a table: :func:`columns` of each."""
         return map(columns, self.steps)
 
+    def to_pandas(self) -> Frames:
+        """Two frames of pandas, ``steps`` with the columns of :meth:`rows`, and ``validations``.
+
+        What a record does not have is NaN.
+
+        Raises:
+            RunError: pandas is not installed.
+        """
+        return to_frames(self)
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -185,6 +211,16 @@ class History:
             f"{counted(len(self.validations), 'validation')}; "
             f"last losses: {losses or 'none'}>"
         )
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+
+def _shown(value: Any) -> str:
+    """A metric in a few characters."""
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value!r:.40}"
 
 
 def columns(record: StepRecord) -> dict[str, Any]:

@@ -7,13 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlodeco.declare.binding import bind_offered
-from mlodeco.declare.records import HookDeclaration, ValidationDeclaration
+from mlodeco.declare.records import (
+    HookDeclaration,
+    ValidationDeclaration,
+    describe_hook,
+    describe_validation,
+)
 from mlodeco.declare.registry import RUN_EVENTS, Registry
 from mlodeco.errors import GraphError, did_you_mean, quoted
 from mlodeco.runtime.build import Build
+from mlodeco.runtime.context import Context
 
 _OF_LEVEL = ("ctx", "optimizer", "scheduler")
-_OFFERS: Mapping[str, tuple[str, ...]] = {
+OFFERS: Mapping[str, tuple[str, ...]] = {
     "run_start": ("ctx",),
     "loop_start": _OF_LEVEL,
     "before_step": (*_OF_LEVEL, "batch"),
@@ -26,6 +32,7 @@ _OFFERS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("ctx", "path"),
     "run_end": ("ctx", "history"),
 }
+"""What each event offers beside the levels' modules; with ``batch`` the level's sources too."""
 
 
 @dataclass
@@ -57,9 +64,10 @@ class Hooks:
                 )
             arguments = bind_offered(
                 declaration.function,
-                (*self._modules, *_OFFERS[declaration.event]),
+                (*self._modules, *_sources(declaration, built), *OFFERS[declaration.event]),
                 what=describe_hook(declaration),
                 site=declaration.site,
+                remedies=dict.fromkeys(built.sources, _OF_SOURCES),
             )
             hook = _Hook(declaration, arguments)
             self._by_event.setdefault(declaration.event, []).append(hook)
@@ -89,7 +97,13 @@ class Hooks:
         )
 
     def fire(self, event: str, level: str | None = None, **offered: Any) -> None:
-        """Calls the hooks of an event, in the order of their declaration."""
+        """Calls the hooks of an event, in the order of their declaration.
+
+        Args:
+            event: the event.
+            level: the level that it is one of; None for those of the run.
+            **offered: the values of :data:`OFFERS`, and of sources.
+        """
         for hook in self._by_event.get(event, ()):
             declaration = hook.declaration
             if event not in RUN_EVENTS and declaration.level not in (None, level):
@@ -101,13 +115,16 @@ class Hooks:
             try:
                 declaration.function(**{name: values[name] for name in hook.arguments})
             except Exception as error:
-                error.add_note(f"raised in {describe_hook(declaration)} ({declaration.site})")
+                where = _moment(event, level, offered["ctx"])
+                error.add_note(
+                    f"raised in {describe_hook(declaration)} ({declaration.site}), {where}"
+                )
                 raise
 
     def state_dict(self) -> dict[str, Any]:
         """How often each was due to be called, by event."""
         events = self._by_event.items()
-        return {event: [hook.counts for hook in hooks] for event, hooks in events}
+        return {event: [dict(hook.counts) for hook in hooks] for event, hooks in events}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting; hooks that have been added or taken away count anew."""
@@ -116,6 +133,26 @@ class Hooks:
             if len(known) == len(hooks):
                 for hook, counts in zip(hooks, known, strict=True):
                     hook.counts = dict(counts)
+
+
+_OF_SOURCES = (
+    "name one level that reads the source, @on(..., level='name'), and an event that has a batch."
+)
+
+
+def _sources(declaration: HookDeclaration, built: Build) -> tuple[str, ...]:
+    """The sources whose items of the step a hook may take."""
+    if declaration.level is None or "batch" not in OFFERS[declaration.event]:
+        return ()
+    return built.levels[declaration.level].binding.sources
+
+
+def _moment(event: str, level: str | None, ctx: Context) -> str:
+    """The level's own step, from 1, and the tick."""
+    if level is None:
+        return f"tick {ctx.tick}"
+    is_over = event in ("after_step", "epoch_end", "loop_end")
+    return f"level {level!r}, step {ctx.step if is_over else ctx.step + 1}, tick {ctx.tick}"
 
 
 def bind_validation(declaration: ValidationDeclaration, levels: Iterable[str]) -> tuple[str, ...]:
@@ -132,13 +169,3 @@ def bind_validation(declaration: ValidationDeclaration, levels: Iterable[str]) -
         site=declaration.site,
         remedies={"batch": "give data= to @validate, or remove the argument."},
     )
-
-
-def describe_hook(declaration: HookDeclaration) -> str:
-    """A hook in words, for messages that name its place as well."""
-    return f"the hook {declaration.site.name!r} on {declaration.event!r}"
-
-
-def describe_validation(declaration: ValidationDeclaration) -> str:
-    """A validation in words, for messages that name its place as well."""
-    return f"the validation {declaration.site.name!r}"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals as Signal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,11 +21,12 @@ from accelerate.utils import send_to_device, set_seed
 
 from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.products import Compiler
-from mlodeco.calculus.randomness import SavedRandomness, randomness_set_aside
+from mlodeco.calculus.randomness import RecordedStreams, SavedRandomness, randomness_set_aside
 from mlodeco.calculus.stateless import frozen
 from mlodeco.calculus.sweep import Hypergradient
 from mlodeco.calculus.tape import Tape
 from mlodeco.declare.checks import as_integer
+from mlodeco.declare.records import describe_validation
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.errors import (
     DriftWarning,
@@ -33,6 +34,7 @@ from mlodeco.errors import (
     MlodecoWarning,
     NonFiniteError,
     Preempted,
+    RedeclarationWarning,
     RunError,
     counted,
     quoted,
@@ -44,6 +46,7 @@ from mlodeco.runtime.causes import Cause, find_cause
 from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
+from mlodeco.runtime.checkpoint.signals import Interrupts
 from mlodeco.runtime.checkpoint.state import Owners
 from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
 from mlodeco.runtime.compiling import backend_of
@@ -68,7 +71,7 @@ from mlodeco.runtime.history import (
     ValidationRecord,
     as_number,
 )
-from mlodeco.runtime.hooks import Hooks, describe_validation
+from mlodeco.runtime.hooks import Hooks
 from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.memory import peak_memory
@@ -139,6 +142,12 @@ class Result:
     def plot(self, **options: Any) -> Figure:
         """The losses and validation metrics as a figure: :meth:`History.plot`."""
         return self.history.plot(**options)
+
+    def __repr__(self) -> str:
+        found, told = self.best, ""
+        if found is not None:
+            told = f"; best {found.metric} {found.value:.4g} at tick {found.tick}"
+        return f"<Result: {counted(self.ticks, 'tick')}; {self.stop_reason}{told}>"
 
 
 class Listener(Protocol):
@@ -236,6 +245,9 @@ class Runner:
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
         self._asked: dict[str, bool] = {}
+        self._taken = 0
+        self._interrupts = Interrupts()
+        self._drawn: _Draw | None = None
         self._is_between_ticks = True
         self._is_resumed = False
         self._last_tick: int | None = None
@@ -274,6 +286,7 @@ class Runner:
         """Builds the program and everything that steps it."""
         device = self._accelerator.device
         self.built: Build = self._build(registry)
+        self._program, self._version = registry, registry.version
         place = _Placer(device)
         hooks = Hooks(registry, self.built)
         processes = self._processes
@@ -472,6 +485,7 @@ class Runner:
         with ExitStack() as stack:
             if self._output is not None:
                 stack.enter_context(self._output.signals)
+            stack.enter_context(self._interrupts)
             stack.enter_context(self._processes.ended_together())
             stack.enter_context(_quiet(self._processes))
             if self._output is not None:
@@ -568,33 +582,48 @@ class Runner:
     def step(self) -> Tick:
         """One tick: levels without lower levels step, then those whose turn has come.
 
-        If a user's function raises, the level that was at it is as before its step, and the
-        next call goes on with the same tick from there. Fires neither ``run_start`` nor
-        ``run_end``, which belong to :meth:`run`. In several processes all end by an error of one,
-        and none goes on.
+        If a user's function raises, or Ctrl-C breaks a tick off, the level that was at it is as
+        before its step, and the next call, or ``run``, goes on with the same tick from there:
+        behind an error with the next batch, behind Ctrl-C with the same batch and random numbers.
+        Behind its optimizer's step, at ``after_step`` and later, a step counts.
+
+        Fires neither ``run_start`` nor ``run_end``, which belong to :meth:`run`. In several
+        processes all end by an error of one, and none goes on.
 
         Raises:
             RunError: another process has failed.
         """
-        with self._processes.ended_together(), _quiet(self._processes):
+        with self._interrupts, self._processes.ended_together(), _quiet(self._processes):
             return self._step()
 
     def _step(self) -> Tick:
+        self._warn_of_changes()
         self._take_over()
         self._is_between_ticks = False
         for name in self.built.graph.order:
             if name not in self._asked:
-                turned = self._take_turn(name)
-                self._asked[name] = turned
-        self._roll_back_below([name for name, turned in self._asked.items() if turned])
-        self.tick += 1
-        steps, self._steps, self._asked = tuple(self._steps), [], {}
+                self._take_turn(name)
+        with self._broken_off():
+            self._roll_back_below([name for name, turned in self._asked.items() if turned])
+        with self._interrupts.held:
+            self.tick += 1
+            steps, self._steps, self._asked = tuple(self._steps), [], {}
         tick = Tick(self.tick, steps, tuple(self._validate()))
         self._agree_on_end()
         self._is_between_ticks = True
         self._tell(tick)
         self._save_if_due()
         return tick
+
+    def _warn_of_changes(self) -> None:
+        if self._program.version != self._version:
+            self._version = self._program.version
+            warnings.warn(
+                "the program has other declarations than when this Runner was made, which goes on "
+                "with those. Remedy: make a new one, runner = Runner(program, ...).",
+                RedeclarationWarning,
+                stacklevel=4,
+            )
 
     def _agree_on_end(self) -> None:
         """Stops all processes where one has a reason to, for that of the first that has."""
@@ -643,7 +672,8 @@ class Runner:
             self._best = None if progress.best is None else Best(**progress.best)
         self.tick, self._run_seed = progress.tick, progress.run_seed
         self._stop_reason, self._is_resumed = progress.stop_reason, True
-        self._steps, self._asked, self._is_between_ticks = [], {}, True
+        self._steps, self._asked, self._taken, self._drawn = [], {}, 0, None
+        self._is_between_ticks = True
         self._saved_at = None
         if self._output is not None:
             self._output.begin_anew()
@@ -740,17 +770,39 @@ class Runner:
         told = [f"{counted(count, 'step')} of {name!r}" for name, count in lost.items() if count]
         return f"; skipped, since not finite: {', '.join(told)}" if told else ""
 
-    def _take_turn(self, name: str) -> bool:
-        if not self._schedule.is_due(name):
-            return False
-        for _ in range(self.built.levels[name].declaration.repeat):
-            self._take_step(name)
+    def _take_turn(self, name: str) -> None:
+        """The level's turn, if it is due; goes on with one that an exception has broken off."""
+        is_due = self._schedule.is_due(name)
+        while is_due and self._taken < self.built.levels[name].declaration.repeat:
+            with self._broken_off():
+                self._take_step(name)
+        with self._interrupts.held:
+            if is_due:
+                self._finish_turn(name)
+            self._asked[name], self._taken = is_due, 0
+
+    @contextmanager
+    def _broken_off(self) -> Iterator[None]:
+        """Lets the hooks of a step that is broken off, and comes again, count it once.
+
+        It is given the same batch again, unless an error has ended it: that may be the reason.
+        """
+        counts, taken = self._hooks.state_dict(), self._taken
+        try:
+            yield
+        except BaseException as error:
+            if self._taken == taken:
+                self._hooks.load_state_dict(counts)
+            if isinstance(error, Exception):
+                self._drawn = None
+            raise
+
+    def _finish_turn(self, name: str) -> None:
         self._schedule.finish_turn(name)
         self._sources.finish_turn(name)
         for low in self.built.graph.lower[name]:
             if low in self._recorders:
                 self._recorders[low].finish_turn(name)
-        return True
 
     def _take_step(self, name: str) -> None:
         trainer, recorder = self._trainers[name], self._recorder(name)
@@ -758,16 +810,16 @@ class Runner:
         ctx = self._context(name)
         if starts_loop:
             self._fire("loop_start", name, ctx)
-        with trainer.undone_on_error(), _located(trainer, self.built.tick):
+        with trainer.undone_on_error(ctx.generator), _located(trainer, self.built.tick):
             if starts_loop:
                 trainer.begin_loop()
             if starts_loop and recorder is not None:
                 recorder.begin_loop()
-            with self._sources.drawn(trainer.level) as items:
-                batches, ended = trainer.draw(items)
+            batches, ended = self._draw(trainer, ctx.generator)
             ctx.epoch = trainer.epoch
             trainer.begin_step(ctx.generator)
-            self._fire("before_step", name, ctx, batch=batches[-1].batch)
+            items = batches[-1].sources
+            self._fire("before_step", name, ctx, batch=batches[-1].batch, **items)
             trainer.tune()
             if trainer.level.copied:
                 self._probe(name, batches)
@@ -779,11 +831,41 @@ class Runner:
                 metrics = _numbers(found.metrics)  # which may be made of the parameters
                 ctx.skipped = self._is_lost(name, found, batches)
                 extras = self._extras(trainer, found, batches, ctx)
-                norm, rate = self._update(name, ctx, recorder, extras, batches)
-        if recorder is not None:
-            recorder.finish_step()
-        self.built.remember(name, batches)
+                norm, rate = self._prepare_update(name, ctx, recorder, extras, batches)
+            with self._interrupts.held:
+                trainer.update(skipped=ctx.skipped)
+                if recorder is not None:
+                    recorder.finish_step()
+                self.built.remember(name, batches)
+                record = self._finish_step(name, ctx, found, metrics, norm, rate)
+        self._finish_step_events(name, ctx, extras, ended)
+        record.metrics.update(ctx.logged)
+
+    def _draw(self, trainer: Trainer, generator: torch.Generator) -> tuple[tuple[Drawn, ...], bool]:
+        """The micro-batches of a step, and whether a pass over the data ends with them.
+
+        A step that Ctrl-C has broken off is given the same again, and the same random numbers.
+        """
+        if self._drawn is not None:
+            self._drawn.streams.restore()
+        else:
+            with self._sources.drawn(trainer.level) as items:
+                found = trainer.draw(items)
+            self._drawn = _Draw(*found, RecordedStreams(((generator, generator),)))
+        return self._drawn.batches, self._drawn.ended
+
+    def _finish_step(
+        self,
+        name: str,
+        ctx: Context,
+        found: Gradients,
+        metrics: dict[str, Any],
+        norm: float,
+        rate: float,
+    ) -> StepRecord:
+        """Counts and records a step that was taken."""
         self._schedule.finish_step(name)
+        self._taken, self._drawn = self._taken + 1, None
         record = StepRecord(
             tick=self.built.tick,
             level=name,
@@ -807,8 +889,7 @@ class Runner:
         )
         self._steps.append(record)
         self.history.steps.append(record)
-        self._finish_step_events(name, ctx, extras, ended)
-        record.metrics.update(ctx.logged)
+        return record
 
     @contextmanager
     def _explained(self, name: str, batches: tuple[Drawn, ...]) -> Iterator[None]:
@@ -851,7 +932,7 @@ class Runner:
         trainer.undo_step()
         return True
 
-    def _update(
+    def _prepare_update(
         self,
         name: str,
         ctx: Context,
@@ -859,7 +940,7 @@ class Runner:
         extras: dict[str, Any],
         batches: tuple[Drawn, ...],
     ) -> tuple[float, float]:
-        """Steps by the gradients that are there, unless the step is skipped.
+        """Shows hooks the gradients that are there and clips them, unless the step is skipped.
 
         Returns:
             Their norm, which is no number for a step skipped, and the learning rate.
@@ -874,11 +955,10 @@ class Runner:
             rate = trainer.learning_rate
             norm = self._clip(name, ctx, batches)
         if ctx.skipped:
+            extras["grads"] = {}
             if recorder is not None:
                 recorder.skip_update()
             return math.nan, rate
-        trainer.apply()
-        trainer.watch.passed()
         return norm, rate
 
     def _clip(self, name: str, ctx: Context, batches: tuple[Drawn, ...]) -> float:
@@ -1018,6 +1098,7 @@ class Runner:
             "grads": trainer.gradients() if self._wants_gradients(ctx) else {},
             "loss": found.loss,
             "metrics": {**found.metrics, **ctx.logged},
+            **batches[-1].sources,
         }
 
     def _wants_gradients(self, ctx: Context) -> bool:
@@ -1046,12 +1127,18 @@ class Runner:
         ctx.step -= 1
         ctx.epoch = trainer.epoch
         located = _located(trainer, self.built.tick)
-        with trainer.undone_on_error(), located, self._explained(name, batches):
+        with (
+            trainer.undone_on_error(ctx.generator),
+            located,
+            self._explained(name, batches),
+        ):
             found = self._differentiate(name, batches, ctx)
             ctx.skipped = self._is_lost(name, found, batches)
             trainer.tune()
             extras = self._extras(trainer, found, batches, ctx)
-            self._update(name, ctx, None, extras, batches)
+            self._prepare_update(name, ctx, None, extras, batches)
+            with self._interrupts.held:
+                trainer.update(skipped=ctx.skipped)
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
     def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:
@@ -1151,6 +1238,14 @@ def _tracking_accelerator(
         )
     trackers = check_trackers(log_with, out)
     return make_accelerator(None, log_with=trackers or None, project_dir=out)
+
+
+class _Draw(NamedTuple):
+    """What a step was given: micro-batches, whether a pass ended, the random numbers behind."""
+
+    batches: tuple[Drawn, ...]
+    ended: bool
+    streams: RecordedStreams
 
 
 class _Placer:

@@ -17,7 +17,7 @@ from mlodeco.calculus.clipping import clip_factor, clip_rows, row_norms
 from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.point import LowerProblem, Point
 from mlodeco.calculus.products import Reverse, differentiate_once
-from mlodeco.calculus.randomness import SavedRandomness
+from mlodeco.calculus.randomness import RecordedStreams, SavedRandomness
 from mlodeco.calculus.rule import Rule, RuleOfEach
 from mlodeco.calculus.slots import Slot, State
 from mlodeco.calculus.stateless import frozen, require_finite
@@ -202,20 +202,23 @@ class Trainer:
         return self.scale is not None or self.watch.skips
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
+    def undone_on_error(self, generator: torch.Generator) -> Iterator[None]:
         """Puts buffers, random numbers, ``.grad`` and the solvers' memories back on an error.
 
         Buffers of modules that belong to other levels are put back in any case: a
         level's buffers change by its own steps alone.
+
+        Args:
+            generator: the level's own random numbers.
         """
         foreign = _SavedBuffers(self.level, self.level.loss.buffers, own=False)
-        randomness = SavedRandomness()
+        streams = RecordedStreams(((generator, generator),))
         self._before_step = _BeforeStep(self)
         try:
             yield
         except BaseException:
             self._rest()
-            randomness.restore()
+            streams.restore()
             self._before_step.restore(self)
             raise
         finally:
@@ -437,6 +440,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group.update(numbers)
 
+    def update(self, *, skipped: bool) -> None:
+        """Steps by the gradients, unless the step is skipped."""
+        if not skipped:
+            self.apply()
+            self.watch.passed()
+
     def apply(self) -> None:
         """One step of the optimizer and of the scheduler, or of the level's own rule."""
         if self.optimizer is not None:
@@ -581,7 +590,8 @@ class _Snapshot:
         self._buffers.restore()
         trainer.rule_state = self._rule_state
         if trainer.optimizer is not None and self._optimizer is not None:
-            trainer.optimizer.load_state_dict(self._optimizer)
+            # the optimizer steps the tensors that it is given
+            trainer.optimizer.load_state_dict(copy.deepcopy(self._optimizer))
         if trainer.scheduler is not None and self._scheduler is not None:
             trainer.scheduler.load_state_dict(self._scheduler)
 

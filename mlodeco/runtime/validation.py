@@ -12,7 +12,7 @@ from torch import nn
 
 from mlodeco.calculus.precision import autocasting
 from mlodeco.calculus.randomness import preserved_randomness
-from mlodeco.declare.records import ValidationDeclaration
+from mlodeco.declare.records import ValidationDeclaration, describe_validation
 from mlodeco.errors import DataError, LossError, counted, did_you_mean, quoted
 from mlodeco.runtime.build import Build
 from mlodeco.runtime.context import Context
@@ -20,7 +20,7 @@ from mlodeco.runtime.data import Placer, Where, count_samples, open_source
 from mlodeco.runtime.fsdp import gathered
 from mlodeco.runtime.generators import preserved_generators
 from mlodeco.runtime.history import as_number
-from mlodeco.runtime.hooks import bind_validation, describe_validation
+from mlodeco.runtime.hooks import bind_validation
 from mlodeco.runtime.modules import preserved_modes
 from mlodeco.runtime.position import guarded_workers
 from mlodeco.runtime.processes import Apart, Processes

@@ -43,3 +43,55 @@ class Signals:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = self.received or number
+
+
+class Interrupts:
+    """Lets SIGINT (Ctrl-C, a notebook's stop button) wait for the end of short blocks.
+
+    Within ``with interrupts:`` in the main thread, those of ``with interrupts.held:`` are ended
+    before ``KeyboardInterrupt`` is raised. Other handlers than Python's are called as late.
+    """
+
+    def __init__(self) -> None:
+        self.held = _Held(self)
+        self._depth = 0
+        self._before: Any = None
+        self._is_held = False
+        self._came: FrameType | None = None
+
+    def __enter__(self) -> Self:
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+            before = signal.getsignal(signal.SIGINT)
+            if callable(before):
+                self._before = before
+                signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._is_held:
+            self._came = frame
+        else:
+            self._before(number, frame)
+
+
+class _Held:
+    """The blocks that are ended first."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+
+    def __enter__(self) -> None:
+        self._interrupts._is_held = True
+
+    def __exit__(self, *error: object) -> None:
+        self._interrupts._is_held = False
+        came, self._interrupts._came = self._interrupts._came, None
+        if came is not None:
+            self._interrupts._before(signal.SIGINT, came)
