@@ -53,6 +53,10 @@ class Cursor:
         Raises:
             DataError: there are no items.
         """
+        with noted("data=", self._where):
+            return self._advance()
+
+    def _advance(self) -> tuple[Any, bool]:
         if self._pass is not None:
             for item in self._pass:
                 return item, self._is_last
@@ -70,9 +74,11 @@ class Cursor:
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, and the generators that it draws from."""
+        with noted("data=", self._where):
+            found = self._pass and self._pass.state_dict()
         return {
             "epoch": self.epoch,
-            "pass": self._pass and self._pass.state_dict(),
+            "pass": found,
             "batch_size": getattr(self._source, "batch_size", None),
             "generators": read_generators(find_generators(self._origin)),
         }

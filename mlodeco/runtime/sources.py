@@ -94,12 +94,13 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """Where it stands; nothing of a stream that cannot resume."""
         value, is_one_shot = self._declaration.value, self._declaration.is_one_shot
-        return {
-            "returned": self._returned,
-            "pass": self._iterator.state_dict() if isinstance(self._iterator, Pass) else None,
-            "kept": value.state_dict() if self.can_resume and is_one_shot else None,
-            "generators": read_generators(find_generators(value)),
-        }
+        with _noted(self._declaration):
+            return {
+                "returned": self._returned,
+                "pass": self._iterator.state_dict() if isinstance(self._iterator, Pass) else None,
+                "kept": value.state_dict() if self.can_resume and is_one_shot else None,
+                "generators": read_generators(find_generators(value)),
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from that state; the global random numbers are moved."""
