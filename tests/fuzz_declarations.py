@@ -275,8 +275,8 @@ def odd_name(r: Random) -> Any:
     if r.random() < 0.3:
         return "".join(chr(r.randrange(0x110000)) for _ in range(r.randrange(4)))
     return r.choice((
-        "low", "top", "mid", "task", "x", "batch", "ctx", "", " ", "class", "None", "__init__", "a.b",
-        "é", "日本", "a" * 5000, "1a", "\n", "\x00", "a/b", "..", "CON", "self", "params", "💥",
+        "low", "top", "mid", "task", "x", "batch", "ctx", "", " ", "class", "None", "__init__",
+        "a.b",        "é", "日本", "a" * 5000, "1a", "\n", "\x00", "a/b", "..", "CON", "self", "params", "💥",
         "\ud800", None, 1, True, b"low", ("low",), [], {}, len, float("nan"), "_", "__dict__",
         "grads", "loww",
     ))  # fmt: skip
@@ -289,7 +289,8 @@ def odd_modules(r: Random) -> Any:
     return r.choice([
         {key: torch.ones(1)}, {"x": junk(r)}, nn.ReLU(), integers, nn.Linear(2, 1, device="meta"),
         nn.Linear(1, 1).requires_grad_(False), nn.LazyLinear(2), {"x": torch.eye(2).to_sparse()},
-        {"x": torch.ones(2, dtype=torch.cfloat)}, {"x": torch.empty(0)}, {"x": torch.ones(2).half()},
+        {"x": torch.ones(2, dtype=torch.cfloat)}, {"x": torch.empty(0)},
+        {"x": torch.ones(2).half()},
         {"x": torch.ones(1, device="meta")}, {"x": torch.tensor(float("nan"))}, fail, "low", "top",
         lambda a: nn.Linear(2, 1), lambda: fail(), nn.Embedding(3, 2, sparse=True), lambda: "low",
         nn.Parameter(torch.ones(2)), nn.Linear(2, 1).state_dict(), nn.ModuleList(), {},
@@ -313,7 +314,8 @@ def odd_optimizers(r: Random) -> Any:
     return r.choice([
         SGD, None, fail, lambda params: given, SGD(mine, lr=0.1), lambda params: SGD(mine, lr=0.1),
         lambda a, b: None, torch.optim.LBFGS, torch.optim.Rprop, torch.optim.SparseAdam,
-        torch.optim.Adafactor, partial(SGD, lr=float("nan")), partial(SGD, lr=-1.0), partial(SGD, lr=0.0),
+        torch.optim.Adafactor, partial(SGD, lr=float("nan")), partial(SGD, lr=-1.0),
+        partial(SGD, lr=0.0),
         partial(SGD, lr=torch.tensor(0.1)), partial(SGD, lr=1e300), partial(SGD, lr=given),
     ])  # fmt: skip
 
@@ -344,10 +346,10 @@ ODD: dict[str, Callable[[Random], Any]] = {
         lambda n: True, lambda n: False, ["weight"], ["nope"], fail, lambda n: junk(r), [junk(r)],
         nn.Linear(1, 1).parameters(),
     ]),
-    "fields": lambda r: r.choice([("x", "y", "z"), ("x",), ("batch",), ("a b",), (), "xy", ["low"]]),
+    "fields": lambda r: r.choice([("x", "y", "z"), ("x",), ("batch",), ("a b",), "xy", ["low"]]),
     "tune": lambda r: r.choice([
-        {"lr": lambda low: 0.1}, {"lr": fail}, {"lr": lambda top: junk(r)}, {"nope": len}, {1: fail},
-        {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()}, {"lr": lambda top: fail()},
+        {"lr": lambda low: 0.1}, {"lr": fail}, {"lr": lambda top: junk(r)}, {"nope": len},
+        {1: fail},        {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()}, {"lr": lambda top: fail()},
     ]),
     "replicas": lambda r: r.choice([1, 3, 0, -(10**6), 10**30]),
     "init_from": lambda r: r.choice(["top", "low", "nobody", "", "mid"]),
@@ -391,9 +393,10 @@ def change_signature(plan: Plan, r: Random) -> None:
     others = {"low", "top", "mid", "x", "nobody", "batch", "ctx", "task"} - set(level.arguments)
     other = r.choice(sorted(others))
     level.signature = r.choice([
-        "", "*args", "**kwargs", "model, *args, **kwargs", f"*, model, {names}", f"model, /, {names}",
-        f"model, {more}{other}=None", "batch", "ctx", f"model, {names}, *args", "self, m", "low, top",
-        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{names}, model", f"model, {other}",
+        "", "*args", "**kwargs", "model, *args, **kwargs", f"*, model, {names}",
+        f"model, /, {names}",
+        f"model, {more}{other}=None", "batch", "ctx", f"model, {names}, *args", "self, m",
+        "low, top",        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{names}, model", f"model, {other}",
         f"model, {more}*, {other}", f"model, {more}{other}",
     ])  # fmt: skip
 
@@ -436,7 +439,8 @@ def change_loss(plan: Plan, r: Random) -> None:
 def change_other(plan: Plan, r: Random) -> None:
     """Something about a source, hook, validation, rule, method or tracked object."""
     if not plan.others:
-        return add_other(plan, r)
+        add_other(plan, r)
+        return
     index = r.randrange(len(plan.others))
     kind, given, options, value = plan.others[index]
     match r.choice(["value", "value", "name", "option"]):
@@ -567,11 +571,9 @@ class Attempt:
         program = Program()
         program.method("mine")(parts.solve)
         for level in plan.levels.values():
-            self.tried(
-                "level", lambda: program.level(level.name, **level.options)(make_function(level))
-            )
+            self.tried("level", partial(declare_level, program, level))
         for kind, given, options, value in plan.others:
-            self.tried(kind, lambda: declare_other(program, kind, given, options, value))
+            self.tried(kind, partial(declare_other, program, kind, given, options, value))
         return program
 
     def look(self, program: Program, plan: Plan, top: str) -> None:
@@ -621,6 +623,10 @@ class Attempt:
             other = self.tried("runner", lambda: Runner(self.declare(plan)))
             self.tried("load", lambda: other.load(path))
             self.tried("step", other.step)
+
+
+def declare_level(program: Program, level: Level) -> None:
+    program.level(level.name, **level.options)(make_function(level))
 
 
 def declare_other(program: Program, kind: str, given: Any, options: Any, value: Any) -> None:

@@ -57,7 +57,11 @@ SHAPES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
         "mid": (["low"], ["low", "top"]),
         "top": (["mid"], ["mid"]),
     },
-    "two uppers": {"low": ([], ["top", "mid"]), "mid": (["low"], ["low"]), "top": (["low"], ["low"])},
+    "two uppers": {
+        "low": ([], ["top", "mid"]),
+        "mid": (["low"], ["low"]),
+        "top": (["low"], ["low"]),
+    },
     "four": {
         "low": ([], ["mid"]),
         "mid": (["low"], ["low", "high"]),
