@@ -276,7 +276,8 @@ def odd_name(r: Random) -> Any:
         return "".join(chr(r.randrange(0x110000)) for _ in range(r.randrange(4)))
     return r.choice((
         "low", "top", "mid", "task", "x", "batch", "ctx", "", " ", "class", "None", "__init__",
-        "a.b",        "é", "日本", "a" * 5000, "1a", "\n", "\x00", "a/b", "..", "CON", "self", "params", "💥",
+        "a.b",
+        "é", "日本", "a" * 5000, "1a", "\n", "\x00", "a/b", "..", "CON", "self", "params", "💥",
         "\ud800", None, 1, True, b"low", ("low",), [], {}, len, float("nan"), "_", "__dict__",
         "grads", "loww",
     ))  # fmt: skip
@@ -349,7 +350,8 @@ ODD: dict[str, Callable[[Random], Any]] = {
     "fields": lambda r: r.choice([("x", "y", "z"), ("x",), ("batch",), ("a b",), "xy", ["low"]]),
     "tune": lambda r: r.choice([
         {"lr": lambda low: 0.1}, {"lr": fail}, {"lr": lambda top: junk(r)}, {"nope": len},
-        {1: fail},        {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()}, {"lr": lambda top: fail()},
+        {1: fail},
+        {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()}, {"lr": lambda top: fail()},
     ]),
     "replicas": lambda r: r.choice([1, 3, 0, -(10**6), 10**30]),
     "init_from": lambda r: r.choice(["top", "low", "nobody", "", "mid"]),
@@ -396,7 +398,8 @@ def change_signature(plan: Plan, r: Random) -> None:
         "", "*args", "**kwargs", "model, *args, **kwargs", f"*, model, {names}",
         f"model, /, {names}",
         f"model, {more}{other}=None", "batch", "ctx", f"model, {names}, *args", "self, m",
-        "low, top",        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{names}, model", f"model, {other}",
+        "low, top",
+        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{names}, model", f"model, {other}",
         f"model, {more}*, {other}", f"model, {more}{other}",
     ])  # fmt: skip
 
