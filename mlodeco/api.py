@@ -117,8 +117,8 @@ level = _of_current(Program.level)  # type: ignore[arg-type]
 on = _of_current(Program.on)  # type: ignore[arg-type]
 source: _Source = _of_current(Program.source)  # type: ignore[assignment]
 validate = _of_current(Program.validate)
-method = _of_current(Program.method)
-update = _of_current(Program.update)
+method = _of_current(Program.method)  # type: ignore[arg-type]
+update = _of_current(Program.update)  # type: ignore[arg-type]
 track = _of_current(Program.track)
 
 

@@ -29,7 +29,9 @@ def clip_differentiably(gradients: Tree, bound: float | None) -> Tree:
     size = torch.linalg.vector_norm(torch.stack(sizes))
     if float(size.detach()) <= bound:
         return gradients
-    return {key: value * (bound / (size + _EPS)) for key, value in gradients.items()}
+    factor = bound / (size + _EPS)
+    # without dimensions both, the wider dtype of the two would win
+    return {key: value * factor.to(value.dtype) for key, value in gradients.items()}
 
 
 def clip_rows(gradients: Tree, bound: float | None, replicas: int | None) -> Tree:

@@ -446,12 +446,16 @@ class Registry:
 
         return decorate(functions[0]) if functions else decorate
 
-    def method(self, name: str) -> Callable[[F], F]:
+    def method(self, name: str, **unknown: Never) -> Callable[[F], F]:
         """Registers a linear solver or a method object under a name usable in ``hypergrad=``.
 
         A solver is a function ``solve(matvec, b) -> x`` on dictionaries of tensors,
         with ``x`` near the solution of ``matvec(x) = b``. A class is instantiated
         without arguments.
+
+        Args:
+            name: the method's name.
+            **unknown: refused.
 
         Raises:
             DeclarationError: the name is not one or is taken.
@@ -460,6 +464,7 @@ class Registry:
         def decorate(value: F) -> F:
             site = locate(value)
             check = Checker("@method", None, site)
+            check.unknown(unknown, ("name",))
             check.not_module(value)
             if not isinstance(name, str) or not name.isidentifier():
                 raise check.error(
@@ -482,7 +487,7 @@ class Registry:
         _refuse_bare("@method", name, "name", "@method('name')")
         return decorate
 
-    def update(self, level: str) -> Callable[[F], F]:
+    def update(self, level: str, **unknown: Never) -> Callable[[F], F]:
         """Declares the rule by which a level steps, in place of an optimizer.
 
         A function ``(params, grads, state, ...) -> (params, state)`` of tensors by parameter
@@ -495,13 +500,14 @@ class Registry:
 
         Args:
             level: the level that steps by it.
+            **unknown: refused.
 
         Raises:
             DeclarationError: it cannot be a rule, or the level has one.
         """
 
         def decorate(function: F) -> F:
-            declaration, check = declare_update(level, function)
+            declaration, check = declare_update(level, function, unknown)
             _refuse_second(
                 check,
                 f"update rule of {level!r}",

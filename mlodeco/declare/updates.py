@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mlodeco.declare.checks import Checker
@@ -10,7 +11,9 @@ from mlodeco.declare.site import locate
 from mlodeco.errors import quoted
 
 
-def declare_update(level: Any, function: Any) -> tuple[UpdateDeclaration, Checker]:
+def declare_update(
+    level: Any, function: Any, unknown: Mapping[str, Any]
+) -> tuple[UpdateDeclaration, Checker]:
     """The record of an update rule, and a checker for what the program has to say about it.
 
     Raises:
@@ -18,6 +21,7 @@ def declare_update(level: Any, function: Any) -> tuple[UpdateDeclaration, Checke
     """
     site = locate(function)
     check = Checker("@update", level if isinstance(level, str) and level else None, site)
+    check.unknown(unknown, ("level",))
     check.level_name(level)
     check.function(function)
     names = check.names_taken(function, "an update rule")

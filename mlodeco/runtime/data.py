@@ -56,6 +56,10 @@ class Cursor:
         Raises:
             DataError: there are no items.
         """
+        with noted("data=", self._where):
+            return self._advance()
+
+    def _advance(self) -> tuple[Any, bool]:
         if self._pass is not None:
             for item in self._pass:
                 return item, self._is_last
@@ -75,9 +79,11 @@ class Cursor:
         """Where it stands, and the generators that it draws from; a doubt is told once."""
         if self._pass is not None:
             self._pass.tell_doubt(self._where, self._told)
+        with noted("data=", self._where):
+            found = self._pass and self._pass.state_dict()
         return {
             "epoch": self.epoch,
-            "pass": self._pass and self._pass.state_dict(),
+            "pass": found,
             "batch_size": getattr(self._source, "batch_size", None),
             "generators": read_generators(find_generators(self._origin)),
         }

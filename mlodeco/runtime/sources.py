@@ -108,12 +108,13 @@ class Stream:
         a_pass = self._iterator if isinstance(self._iterator, Pass) else None
         if a_pass is not None:
             a_pass.tell_doubt(self._where, self._told)
-        return {
-            "returned": self._returned,
-            "pass": a_pass and a_pass.state_dict(),
-            "kept": value.state_dict() if self.can_resume and is_one_shot else None,
-            "generators": read_generators(find_generators(value)),
-        }
+        with _noted(self._declaration):
+            return {
+                "returned": self._returned,
+                "pass": a_pass and a_pass.state_dict(),
+                "kept": value.state_dict() if self.can_resume and is_one_shot else None,
+                "generators": read_generators(find_generators(value)),
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from that state; the global random numbers are moved."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.fsdp import rest, shard_like
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.nonfinite import Watch
+from mlodeco.runtime.notes import noted
 from mlodeco.runtime.optimizers import (
     fresh_state,
     is_divided,
@@ -456,10 +457,8 @@ class Trainer:
             self.scheduler.step()
 
     def _step(self, optimizer: Optimizer) -> None:
-        if is_divided(optimizer):
-            with self._processes.meeting():
-                optimizer.step()
-        else:
+        meeting = self._processes.meeting() if is_divided(optimizer) else nullcontext()
+        with meeting, noted("optimizer=", f"level {self.level.name!r} ({self.level.site})"):
             optimizer.step()
 
     def _apply_rule(self, rule: Rule | RuleOfEach) -> None:

@@ -26,6 +26,7 @@ from mlodeco.runtime.generators import (
     warn_of_others,
 )
 from mlodeco.runtime.hooks import Hooks
+from mlodeco.runtime.notes import noted
 from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.recorder import Recorder
 from mlodeco.runtime.sources import Sources
@@ -65,8 +66,8 @@ class Owners:
         Raises:
             CheckpointError: the state of an object that is tracked cannot be saved.
         """
-        for name, value in self.tracked.items():
-            encode(value.state_dict(), f"the state of the tracked {name!r}")
+        for name, state in self._tracked_states().items():
+            encode(state, f"the state of the tracked {name!r}")
         anew = self.sources.without_position
         if anew:
             warnings.warn(
@@ -101,7 +102,7 @@ class Owners:
             "trainers": {name: one.own_state_dict() for name, one in self.trainers.items()},
             "recorders": {name: one.state_dict() for name, one in self.recorders.items()},
             "sources": self.sources.state_dict(),
-            "tracked": {name: value.state_dict() for name, value in self.tracked.items()},
+            "tracked": self._tracked_states(),
             "generators": {name: g.get_state() for name, g in self.generators.items()},
             "held": read_generators(self._held()),
             "streams": SavedRandomness().state_dict(),
@@ -156,6 +157,14 @@ class Owners:
             *self.built.custom.values(),
         )
         return generators_of_program(functions, (level.module for level in levels))
+
+    def _tracked_states(self) -> dict[str, Any]:
+        """The states of the user's objects; an exception from one says from which."""
+        found = {}
+        for name, value in self.tracked.items():
+            with noted("state_dict()", f"the tracked {name!r}"):
+                found[name] = value.state_dict()
+        return found
 
     def _last(self, level: BuiltLevel) -> list[Any] | None:
         """The last batches of a level that levels above may see again before its next step.

@@ -1,0 +1,84 @@
+"""Exceptions of a person's own code come through, and say from which part they came."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import SGD
+
+import mlodeco
+from mlodeco import Program
+from mlodeco.calculus.clipping import clip_differentiably
+from mlodeco.errors import DeclarationError
+
+
+class MineError(ValueError):
+    pass
+
+
+def fail(*given):
+    raise MineError
+
+
+def failing_items():
+    yield torch.ones(2)
+    raise MineError
+
+
+class Failing:
+    state_dict = load_state_dict = fail
+
+
+def make(data=(1, 2), hypergrad="neumann", lr=0.1):
+    program = Program()
+    optimizer = partial(SGD, lr=lr)
+
+    @program.level("low", module={"x": torch.ones(2)}, optimizer=optimizer, data=data)
+    def low(m, top, batch=None):
+        return ((m.x - top.y) ** 2).sum()
+
+    @program.level(
+        "top", lower=["low"], hypergrad=hypergrad, module={"y": torch.ones(2)}, optimizer=optimizer
+    )
+    def top(m, low):
+        return (low.x**2).sum()
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "note"),
+    [
+        ({"data": failing_items}, MineError, "raised by data="),
+        ({"hypergrad": fail}, MineError, "raised by the method 'fail'"),
+        ({"lr": 1e300}, RuntimeError, "raised by optimizer="),
+    ],
+)
+def test_the_part_is_named(options, error, note):
+    with pytest.raises(error) as caught:
+        mlodeco.run(3, program=make(**options), progress="off")
+    assert any(note in text for text in caught.value.__notes__)
+
+
+def test_a_tracked_object_is_named(tmp_path):
+    program = make()
+    program.track("mine", Failing())
+    with pytest.raises(MineError) as caught:
+        mlodeco.run(1, program=program, progress="off", out=tmp_path / "run")
+    assert any("raised by state_dict() of the tracked 'mine'" in n for n in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("decorator", ["method", "update"])
+def test_an_unknown_option_is_refused(decorator):
+    with pytest.raises(DeclarationError, match="evry"):
+        getattr(Program(), decorator)("mine", evry=1)(lambda params, b: params)
+
+
+def test_clipping_keeps_the_dtype_of_each_gradient():
+    gradients = {"a": torch.tensor(3.0), "b": torch.tensor([4.0], dtype=torch.double)}
+    clipped = clip_differentiably(gradients, 1.0)
+    assert {key: value.dtype for key, value in clipped.items()} == {
+        "a": torch.float32,
+        "b": torch.float64,
+    }
+    assert clipped["b"].item() == pytest.approx(0.8, rel=1e-5)
