@@ -44,7 +44,7 @@ from mlodeco.runtime.causes import Cause, find_cause
 from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
-from mlodeco.runtime.checkpoint.state import Owners
+from mlodeco.runtime.checkpoint.state import Owners, read_buffers
 from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
 from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.context import Context
@@ -306,6 +306,7 @@ class Runner:
             tracked=registry.tracked,
             make_context=self._muted,
             processes=processes,
+            declared={name: list(read_buffers(level.module)) for name, level in levels.items()},
         )
 
     def _has_half(self, name: str) -> bool:
@@ -685,8 +686,8 @@ class Runner:
         return f"; {quoted(idle)} never had a turn: its lower levels' inner loops are longer"
 
     def _lost_steps(self) -> str:
-        lost = {name: trainer.watch.skipped for name, trainer in self._trainers.items()}
-        told = [f"{counted(count, 'step')} of {name!r}" for name, count in lost.items() if count]
+        lost = self.history.skipped.items()
+        told = [f"{counted(count, 'step')} of {name!r}" for name, count in lost]
         return f"; skipped, since not finite: {', '.join(told)}" if told else ""
 
     def _take_turn(self, name: str) -> bool:

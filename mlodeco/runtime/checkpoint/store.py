@@ -79,6 +79,7 @@ def load(owners: Owners, journal: Journal, path: Path, device: torch.device) -> 
         found = read(path, processes.rank, all_files=processes.is_main)
         compare_programs(found.head["program"], owners.program(), path)
         common, own = (decode(p.tree, p.tensors, device) for p in (found.common, found.own))
+        compare_programs(*owners.buffers_of(common, own), path)
         progress = Progress(**{**common["progress"], "run_seed": own["run_seed"]})
         if not isinstance(progress.tick, int) or not isinstance(progress.run_seed, int):
             raise TypeError("the tick or the seed is no number")
