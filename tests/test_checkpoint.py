@@ -512,7 +512,7 @@ def test_optimizers_go_on(name, tmp_path):
 
 
 class Wide(torch.optim.Optimizer):
-    """Keeps float32 beside bfloat16 parameters."""
+    """Keeps float32 beside bfloat16 parameters, deep down too."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1})
@@ -521,9 +521,16 @@ class Wide(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                known = self.state[p].setdefault("sum", torch.zeros_like(p, dtype=torch.float32))
-                known.add_(p.grad.float(), alpha=1.0001)
-                p.sub_(0.01 * known.to(p.dtype))
+                zeros = torch.zeros_like(p, dtype=torch.float32)
+                state = self.state[p]
+                state.setdefault("kind", "sum")
+                parts = state["parts"] = state.get("parts") or {"x": [zeros.clone(), (zeros, 0)]}
+                known = state.setdefault("sum", zeros.clone())
+                for part in (known, parts["x"][0], parts["x"][1][0]):
+                    part.add_(p.grad.float(), alpha=1.0001)
+                assert (state["kind"], type(parts["x"][1])) == ("sum", tuple)
+                total = known + parts["x"][0] + parts["x"][1][0]
+                p.sub_(0.003 * total.to(p.dtype))
 
 
 def test_a_state_keeps_its_dtype(tmp_path):
