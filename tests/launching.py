@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.parallel_worker import free_port
 
 ROOT = Path(__file__).parent.parent
-LAUNCHERS = ("torchrun", "accelerate")
+LAUNCHERS = (pytest.param("torchrun", marks=pytest.mark.slow), "accelerate")
 
 
 def launched(launcher, *script):

@@ -393,7 +393,7 @@ def steps_of(runner, count):
 
 def left_by(runner):
     """Everything that a person sees of a run, and the random numbers that come next."""
-    runner._journal.update()
+    runner._journal.update(runner.tick)
     draws = torch.rand(2).tolist(), random.random(), float(np.random.rand())
     return bits(state_of(runner)), runner._journal.text(), draws
 

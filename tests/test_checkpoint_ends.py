@@ -68,6 +68,7 @@ def launch(out, plan, count, *, ends=True):
     return [json.loads(path.read_text()) for path in found], printed
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     process = worker(tmp_path, KILLS)
     printed = process.communicate(timeout=60 + 30 * KILLS)[0]
@@ -124,6 +125,20 @@ def test_a_second_sigint_ends_at_once(tmp_path):
     runner = Runner(everything(), seed=3)
     runner.load(newest)
     assert runner.tick == 20
+
+
+@pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")
+def test_a_sigint_behind_a_sigterm_ends_at_once(tmp_path):
+    program = everything()
+
+    @program.on("before_step", level="low")
+    def end(ctx):
+        if ctx.tick == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, program, steps=5)
 
 
 def test_a_signal_behind_the_last_tick_ends_the_process_too(tmp_path):
@@ -197,6 +212,7 @@ def several(tmp_path_factory):
     return out, found, printed
 
 
+@pytest.mark.slow
 def test_several_processes_go_on_to_the_bit(several):
     _, found, printed = several
     for one in found:
@@ -212,6 +228,7 @@ def test_several_processes_go_on_to_the_bit(several):
     assert ["SIGTERM ended the run at tick 33" in text for text in printed] == [True, False]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_divided_goes_on(several):
     _, found, _ = several
     for one in found:
@@ -219,6 +236,7 @@ def test_an_optimizer_that_is_divided_goes_on(several):
         assert one["and ended"]["metrics"] == one["divided"]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_sharded_level_goes_on(several):
     _, found, _ = several
     for one in found:
@@ -226,6 +244,7 @@ def test_a_sharded_level_goes_on(several):
         assert one["the rest"]["metrics"] == one["sharded"]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_write_keeps_all_from_it(several):
     out, found, _ = several
     assert list((out / "full" / "checkpoints").iterdir()) == []
@@ -233,6 +252,7 @@ def test_a_process_that_cannot_write_keeps_all_from_it(several):
     assert [one["full"]["ticks"] for one in found] == [8, 8]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_is_loaded_by_two(several):
     out, found, _ = several
     assert [one["from one"]["ticks"] for one in found] == [50, 50]
@@ -242,6 +262,7 @@ def test_a_checkpoint_of_one_process_is_loaded_by_two(several):
     assert metrics.startswith(one[: one.rindex('{"kind": "validation", "tick": 25')])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_loaded_by_one(several):
     out, found, _ = several
     program = everything()

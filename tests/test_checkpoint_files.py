@@ -24,7 +24,7 @@ from torch.optim import SGD, Adam
 
 import mlodeco
 from mlodeco import Program, Runner
-from mlodeco.errors import CheckpointError, CheckpointWarning
+from mlodeco.errors import CheckpointError, CheckpointWarning, RunError
 from mlodeco.runtime.checkpoint import folder, output
 from mlodeco.runtime.checkpoint.encoding import decode, encode
 from tests.checkpoint_worker import bits, in_child, run, state, trained
@@ -379,6 +379,83 @@ def test_auto_falls_back_to_the_newest_good_one_and_says_so(tmp_path):
     assert found["metrics"] == whole["metrics"]
 
 
+def test_what_was_passed_over_is_not_taken_for_the_newest(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    run(tmp_path, small(), steps=6, checkpoint_every=2, keep=3)
+    for name in ("000000006", "000000004"):
+        cut(checkpoints / name / "common.json")
+    with pytest.warns(CheckpointWarning):
+        run(tmp_path, small(), steps=5, checkpoint_every=1, keep=1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "000000004.unusable",
+        "000000005",
+        "000000006.unusable",
+    ]
+    assert run(tmp_path, small(), steps=5).ticks == 5
+
+
+def test_one_that_was_about_to_be_replaced_gets_its_name_back(tmp_path):
+    run(tmp_path, small(), steps=5, checkpoint_every=None)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "000000005").rename(checkpoints / ".000000005.old")
+    program, ticks = small(), []
+    program.on("run_start")(lambda ctx: ticks.append(ctx.tick))
+    run(tmp_path, program, steps=6, checkpoint_every=None)
+    assert ticks == [5]
+    assert not list(checkpoints.glob(".*"))
+
+
+def test_a_checkpoint_is_not_written_over_itself(tmp_path, monkeypatch):
+    run(tmp_path, small(), steps=5, checkpoint_every=None)
+
+    def write(*args):
+        raise AssertionError("nothing has changed")
+
+    monkeypatch.setattr(folder, "write", write)
+    assert run(tmp_path, small(), steps=5, checkpoint_every=None).ticks == 5
+
+
+def test_two_runs_in_one_folder_are_told_apart(tmp_path):
+    program = small()
+    messages = []
+
+    @program.on("after_step", level="low", every=2)
+    def another(ctx):
+        for options in ({}, {"resume": None}):
+            with pytest.raises(RunError, match="another run is writing to out=") as caught:
+                run(tmp_path, small(), steps=2, **options)
+            messages.append(str(caught.value))
+
+    assert run(tmp_path, program, steps=3).ticks == 3
+    assert len(messages) == 2
+
+
+def test_metrics_hold_what_came_before_an_error(tmp_path):
+    program = small()
+
+    @program.on("before_step", level="low")
+    def fail(ctx):
+        if ctx.tick == 7:
+            raise ValueError("words of my own")
+
+    with pytest.raises(ValueError, match="words of my own"):
+        run(tmp_path, program, steps=9, checkpoint_every=None)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tick"] for line in lines] == [tick for tick in range(1, 7) for _ in range(2)]
+
+
+def test_metrics_of_a_run_that_loads_another_are_its_history(tmp_path):
+    trained(tmp_path / "a", program=small(), steps=8, checkpoint_every=None)
+    runner = Runner(small(), seed=5, out=tmp_path / "b", checkpoint_every=2)
+    runner.run(2)
+    runner.load(tmp_path / "a" / "checkpoints" / "000000008")
+    runner.run(2)
+    lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    losses = [(json.loads(line)["tick"], json.loads(line)["loss"]) for line in lines]
+    assert losses == [(record.tick, record.loss) for record in runner.history.steps]
+    assert (tmp_path / "b" / "checkpoints" / "000000010").exists()
+
+
 def test_auto_refuses_where_none_is_good(tmp_path):
     run(tmp_path, small(), steps=3)
     cut(tmp_path / "checkpoints" / "000000003" / "common.json")
@@ -393,6 +470,49 @@ def signed(path, change):
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     manifest["checksum"] = folder._checksum(body)
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("processes", 0), ("processes", 10**30), ("processes", True), ("tick", -1), ("tick", 2)],
+)
+def test_signed_numbers_that_no_run_has_written_are_refused(option, value, saved, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(saved, path)
+    signed(path, lambda manifest: manifest["head"].update({option: value}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        Runner(small(), seed=3).load(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("stop_reason", 3),
+        ("best", {"tick": "../../x", "metric": "m", "value": 1.0, "metrics": {}}),
+        ("best", {"tick": 1}),
+        ("run_seed", "no"),
+    ],
+)
+def test_a_signed_progress_that_no_run_has_written_is_passed_over(entry, value, tmp_path):
+    run(tmp_path, small(), steps=4, checkpoint_every=2)
+    path = tmp_path / "checkpoints" / "000000004"
+    name = "process-0" if entry == "run_seed" else "common"
+    part = folder._read_part(path, name)
+    tree = decode(part.tree, part.tensors, CPU)
+    (tree if entry == "run_seed" else tree["progress"])[entry] = value
+    folder._write_part(path, name, folder.Part(*encode(tree, "the state")))
+    resigned(path)
+    with pytest.warns(CheckpointWarning, match="000000002 instead"):
+        assert run(tmp_path, small(), steps=5).ticks == 5
+
+
+def test_what_would_be_read_without_end_is_refused(saved, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(saved, path)
+    (path / "common.json").unlink()
+    os.mkfifo(path / "common.json")
+    with pytest.raises(CheckpointError, match=r"common\.json.*no ordinary file"):
+        Runner(small(), seed=3).load(path)
 
 
 def resigned(path):

@@ -57,6 +57,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_coefficient_each_beats_one_where_most_features_are_noise():
     done = subprocess.run(
         [sys.executable, "examples/logistic_hpo.py", "--seeds", "1", "--turns", "6"],

@@ -116,6 +116,7 @@ def test_quickstart_with_one_seed_claims_no_standard_error():
 
 
 class TestPretraining:
+    @pytest.mark.slow
     def test_three_levels_beat_the_others_and_find_who_is_careless(self):
         done = run("pretraining", "--seeds", 1, "--steps", 300)
         assert (done.returncode, done.stderr) == (0, "")
@@ -128,6 +129,7 @@ class TestPretraining:
         assert three > max(baselines)
         assert auc > 0.8
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("above", [False, True])
     def test_reads_fashion_mnist(self, fashion, above):
         folder = fashion.parent if above else fashion

@@ -69,6 +69,7 @@ def fake_set(folder, name="tiny", **changes):
         json.dump(data, file)
 
 
+@pytest.mark.slow
 def test_two_uppers_beat_training_on_the_weak_labels():
     done = subprocess.run(
         [sys.executable, "examples/weak_supervision.py", "--seeds", "1", "--steps", "400"],

@@ -45,6 +45,7 @@ def test_both_sides_take_the_same_steps(model, method, dtype, tolerance):
         assert difference(value, wanted) <= tolerance
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_cell(tmp_path, capsys):
     words = ["--tiny", "--device", "cpu", "--warmup", "0", "--steps", "2", "--out", str(tmp_path)]
     chosen = {

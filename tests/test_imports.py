@@ -69,6 +69,7 @@ def test_imports_go_downwards(path):
         assert part not in parts_imported(path)
 
 
+LIBRARIES = {"torch", "accelerate", "filelock", "rich", "safetensors", "typer"}
 FORBIDDEN = {
     "errors": {"torch", "accelerate", "rich", "typer"},
     "declare": {"torch", "accelerate", "rich", "typer"},
@@ -92,7 +93,7 @@ def test_libraries_stay_in_their_parts(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_declared_libraries_are_imported(path):
-    allowed = {"torch", "accelerate", "rich", "safetensors", "typer", *sys.stdlib_module_names}
+    allowed = {*LIBRARIES, *sys.stdlib_module_names}
     assert libraries_imported(path) - EXTRAS.get(name_of(path), set()) <= allowed
 
 

@@ -8,6 +8,8 @@ import torch
 from tests.sharded_worker import BESIDE_WHOLE, CASES, ONCE, UNEQUAL, train
 from tests.test_parallel import distance, finish, free_port, left, place, start
 
+pytestmark = pytest.mark.slow
+
 IN_PLACE = {name for name in CASES if "difference" in name or "in place" in name} | {
     "rollback",
     "source",

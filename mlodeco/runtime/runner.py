@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -443,8 +443,13 @@ class Runner:
         return self._run_to(tick, tick)
 
     def _run_to(self, last: int, steps: int) -> Result:
-        signals = nullcontext() if self._output is None else self._output.signals
-        with signals, self._processes.ended_together(), _quiet(self._processes):
+        with ExitStack() as stack:
+            if self._output is not None:
+                stack.enter_context(self._output.signals)
+            stack.enter_context(self._processes.ended_together())
+            stack.enter_context(_quiet(self._processes))
+            if self._output is not None:
+                stack.enter_context(self._output.locked())
             result = self._run(last, steps)
         self._leave_if_asked(result)
         return result
@@ -477,17 +482,25 @@ class Runner:
             if self._signum is None:
                 self._fire_run("run_end", history=self.history)
                 self._agree_on_end()
-        except BaseException:
+            self._record(at_once=True)
+        except BaseException as error:
             for listener in self.listeners:
                 listener.on_error()
+            try:
+                self._record(at_once=True)
+            except RunError as other:
+                error.add_note(str(other))
             raise
         finally:
             self._last_tick = None
-            if self._output is not None and self._is_between_ticks:
-                self._output.record(self._journal, at_once=True)
         for listener in self.listeners:
             listener.on_end(result)
         return result
+
+    def _record(self, *, at_once: bool) -> None:
+        """Adds the records of ticks that are over to the run's folder."""
+        if self._output is not None:
+            self._output.record(self._journal, self.tick, at_once=at_once)
 
     def _finish(self) -> None:
         """What comes behind the last tick."""
@@ -605,6 +618,9 @@ class Runner:
         self.tick, self._run_seed = progress.tick, progress.run_seed
         self._stop_reason, self._is_resumed = progress.stop_reason, True
         self._steps, self._asked, self._is_between_ticks = [], {}, True
+        self._saved_at = None
+        if self._output is not None:
+            self._output.begin_anew()
         if self._best is not None and self._output is not None:
             self._best = replace(self._best, path=self._output.best(self._best.tick))
 
@@ -616,10 +632,13 @@ class Runner:
             self._load(resumed)
         if self._output is None:
             return
-        if saving.resume == "auto":
-            resumed = load_newest(self._output.candidates(), self._load)
-        best = None if self._best is None else self._best.path
-        self._output.begin(self._journal, resumed, best)
+        with self._output.locked():
+            if saving.resume == "auto":
+                resumed = load_newest(self._output.candidates(), self._load)
+            best = None if self._best is None else self._best.path
+            self._output.begin(self._journal, resumed, best)
+        if resumed is not None and resumed == self._output.own(self.tick):
+            self._saved_at = self._stands
         self._owners.check()
 
     def _contents(self) -> Contents:
@@ -634,7 +653,7 @@ class Runner:
                 "a checkpoint was asked for in the middle of a tick.",
                 remedy="save between two calls of step(), or run(out=..., checkpoint_every=...).",
             )
-        self._journal.update()
+        self._journal.update(self.tick)
         best = None if self._best is None else asdict(replace(self._best, path=None))
         progress = Progress(self.tick, self._run_seed, self._stop_reason, best)
         return collect(self._owners, progress, self._journal.text())
@@ -647,17 +666,23 @@ class Runner:
 
     def _save(self, output: Output, *, is_due: bool = True) -> None:
         """Writes the checkpoints that are due, those that are there already left out."""
+        written: list[Path | None] = []
         if self._best is not None and self._best.tick == self.tick and self._best.path is None:
-            path = output.save_best(self.tick, self._contents)
-            self._best = replace(self._best, path=path)
-            self._announce(path)
-        self._journal.update()
-        stands = self.tick, len(self._journal)
+            written.append(output.save_best(self.tick, self._contents))
+            self._best = replace(self._best, path=written[0])
+        self._journal.update(self.tick)
+        stands = self._stands
         if is_due and stands != self._saved_at:
-            output.record(self._journal, at_once=True)
-            path = output.save(self.tick, self._contents)
-            self._saved_at = None if path is None else stands
+            self._record(at_once=True)
+            written.append(output.save(self.tick, self._contents))
+            self._saved_at = None if written[-1] is None else stands
+        for path in written:
             self._announce(path)
+
+    @property
+    def _stands(self) -> tuple[int, int]:
+        """The tick and the records, by which a checkpoint is known to be there already."""
+        return self.tick, len(self._journal)
 
     def _announce(self, path: Path | None) -> None:
         if path is not None and self._hooks.wants("checkpoint"):
@@ -674,8 +699,7 @@ class Runner:
             level.rule_state = trainer.rule_state
 
     def _tell(self, tick: Tick) -> None:
-        if self._output is not None:
-            self._output.record(self._journal, at_once=self._last_tick is None)
+        self._record(at_once=self._last_tick is None)
         for listener in self.listeners:
             listener.on_tick(tick)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 HISTORY = "history.jsonl"
 _COMMON = "common"
+_ASIDE = ".old"
 
 BROKEN = (
     OSError,
@@ -144,19 +146,31 @@ def read(path: Path, rank: int = 0, *, all_files: bool = True) -> Found:
         _check(path / name, *manifest["files"][name])
     common, own = (_read_part(path, name) for name in names)
     weights = {level: _read(path / file, _tensors) for level, file in levels.items()}
-    history = _read(path / HISTORY, lambda p: p.read_text())
+    history = _read(path / HISTORY, lambda p: p.read_text(encoding="utf-8"))
     return Found(manifest["head"], common, own, has_own, weights, history)
 
 
 def remove(path: Path) -> None:
     """Deletes a checkpoint; nobody sees a part of it."""
-    aside = _aside(path)
-    shutil.rmtree(aside, ignore_errors=True)
+    part = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        path.rename(aside)
+        path.rename(part)
     except OSError:
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Gives checkpoints in a folder their names back that were about to be replaced by others.
+
+    Raises:
+        OSError: the folder cannot be changed.
+    """
+    for aside in path.glob(f".*{_ASIDE}"):
+        whole = path / aside.name[1 : -len(_ASIDE)]
+        if not whole.exists():
+            aside.rename(whole)
 
 
 def copy(path: Path, target: Path, processes: Processes) -> None:
@@ -206,7 +220,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    return path.with_name(f".{path.name}{_ASIDE}")
 
 
 def _process(rank: int) -> str:
@@ -305,7 +319,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         is_whole = manifest.get("checksum") == _checksum(body)
     except BROKEN as error:
         raise damaged(path / MANIFEST, error) from error
-    if version != FORMAT:
+    if version != FORMAT or type(version) is not int:
         raise CheckpointError(
             f"{path / MANIFEST}: the checkpoint has the format {version!r}.",
             expected=f"the format {FORMAT}, which this version of mlodeco writes.",
@@ -320,15 +334,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest, in which everything is there that is looked up."""
     head, files = manifest["head"], manifest["files"]
-    is_right = isinstance(head["processes"], int) and isinstance(head["tick"], int)
+    is_right = is_count(head["processes"], 1, 2**20) and is_count(head["tick"])
     is_right = is_right and all(isinstance(level, str) for level in head["program"])
     for name, (size, digest) in files.items():
         parts = name.split("/")
         is_inside = ".." not in parts and not name.startswith("/")
-        is_right = is_right and is_inside and isinstance(size, int) and isinstance(digest, str)
+        is_right = is_right and is_inside and is_count(size) and isinstance(digest, str)
     if not is_right:
         raise ValueError("an entry is of another kind")
     return manifest
+
+
+def is_count(value: object, least: int = 0, most: int = 2**62) -> bool:
+    """Whether it is an integer within bounds."""
+    return type(value) is int and least <= value <= most
 
 
 def _check(path: Path, size: int, digest: str) -> None:
@@ -359,6 +378,9 @@ def _read(path: Path, action: Callable[[Path], Any]) -> Any:
         CheckpointError: the file is not there, or not what it should be.
     """
     try:
+        # a pipe or a device would be read without end
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no ordinary file")
         return action(path)
     except FileNotFoundError as error:
         raise _broken(path, "there is no such file") from error

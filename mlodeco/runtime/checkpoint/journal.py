@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -36,10 +37,14 @@ class Journal:
         self._lines: list[str] = []
         self._steps = self._validations = 0
 
-    def update(self) -> None:
-        """Makes the lines of new records; to be called between ticks."""
-        steps = self._history.steps[self._steps :]
-        validations = self._history.validations[self._validations :]
+    def update(self, tick: int) -> None:
+        """Makes the lines of new records of ticks that are over.
+
+        Args:
+            tick: the last of these.
+        """
+        steps = _until(tick, self._history.steps[self._steps :])
+        validations = _until(tick, self._history.validations[self._validations :])
         self._steps += len(steps)
         self._validations += len(validations)
         # sorting keeps the order of equals: steps before validations
@@ -60,6 +65,13 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+
+_Kind = TypeVar("_Kind", StepRecord, ValidationRecord)
+
+
+def _until(tick: int, records: list[_Kind]) -> list[_Kind]:
+    return list(takewhile(lambda record: record.tick <= tick, records))
 
 
 def read_records(text: str) -> list[Record]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mlodeco.declare.checks import as_integer
 from mlodeco.errors import CheckpointWarning, RunError, quoted
@@ -92,6 +96,8 @@ class Output:
         self.signals = Signals()
         self._saving = saving
         self._processes = processes
+        # in a thread of its own a run may end in another one than it began in
+        self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
         self._shelf = Shelf(self.path / "checkpoints", saving.keep)
         self._newest: Path | None = None
         self._best: Path | None = None
@@ -110,21 +116,70 @@ class Output:
         """The newest checkpoint of this run."""
         return self._newest
 
+    def own(self, tick: int) -> Path:
+        """Where the checkpoint of a tick is, or would be."""
+        return self._shelf.newest(tick)
+
     def best(self, tick: int) -> Path | None:
         """The checkpoint of the best validation, if it is there."""
         path = self._shelf.best(tick)
         return path if path.exists() else None
 
     def candidates(self) -> list[Path]:
-        """The checkpoints to go on from, the newest first; the same in all processes."""
-        found = self._shelf.found() if self._processes.is_main else []
+        """The checkpoints to go on from, the newest first; the same in all processes.
+
+        Raises:
+            RunError: the folder cannot be changed.
+        """
+        found: list[Path] = []
+        if self._processes.is_main:
+            with self._changed():
+                self._shelf.tidy()
+            found = self._shelf.found()
         return [Path(path) for path in self._processes.exchange(list(map(str, found)))[0]]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs from the folder.
+
+        Raises:
+            RunError: another one is at work there, or the folder cannot be made.
+        """
+        if not self._processes.is_main:
+            yield
+            return
+        with self._changed():
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise RunError(
+                f"another run is writing to out={str(self.path)!r}.",
+                remedy="wait for its end, or give another folder.",
+            ) from error
+        except (OSError, NotImplementedError):  # a file system that knows no locks
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _changed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"out={str(self.path)!r} cannot be written to: {error}.",
+                remedy="give another folder.",
+            ) from error
 
     def begin(self, journal: Journal, resumed: Path | None, best: Path | None) -> None:
         """Makes the folder ready for a run.
 
         Args:
-            journal: the records of the checkpoint that it goes on from.
+            journal: the records of the checkpoint that it goes on from, if it does.
             resumed: that checkpoint.
             best: where that of the best validation is.
 
@@ -144,24 +199,25 @@ class Output:
                 expected="a folder without metrics.jsonl and later checkpoints.",
                 remedy="go on with that run, resume='auto', or give another folder.",
             )
-        try:
+        with self._changed():
             self._shelf.tidy()
+            if is_auto:
+                self._shelf.set_aside([*takewhile(lambda path: path != resumed, present)])
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._write_metrics(journal.text())
             self._recorded = len(journal)
-        except OSError as error:
-            raise RunError(
-                f"out={str(self.path)!r} cannot be written to: {error}.",
-                remedy="give another folder.",
-            ) from error
+
+    def begin_anew(self) -> None:
+        """Takes the records that come for those of another run, behind the ones that it loaded."""
+        self._is_behind = True
 
     def _write_metrics(self, history: str) -> None:
         temporary = self.metrics.with_name(f".{self.metrics.name}.writing")
         temporary.write_text(history, encoding="utf-8", newline="")
         temporary.replace(self.metrics)
 
-    def record(self, journal: Journal, *, at_once: bool) -> None:
-        """Adds the new records to the metrics, once in a while or at once.
+    def record(self, journal: Journal, tick: int, *, at_once: bool) -> None:
+        """Adds the new records up to a tick to the metrics, once in a while or at once.
 
         Raises:
             RunError: they cannot be written, and ``checkpoint_errors`` is ``"raise"``.
@@ -169,7 +225,7 @@ class Output:
         is_early = not at_once and time.monotonic() < self._recorded_at + INTERVAL
         if not self._processes.is_main or is_early:
             return
-        journal.update()
+        journal.update(tick)
         self._recorded_at = time.monotonic()
         start = 0 if self._is_behind else self._recorded
         if start == len(journal):

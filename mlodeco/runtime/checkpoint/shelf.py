@@ -41,9 +41,27 @@ class Shelf:
         return [path for *_, path in sorted(known, reverse=True)]
 
     def tidy(self) -> None:
-        """Deletes what runs that were killed have left half written or half deleted."""
+        """Deletes what runs that were killed have left half written or half deleted.
+
+        A checkpoint that was about to be replaced gets its name back.
+
+        Raises:
+            OSError: the folder cannot be changed.
+        """
+        folder.recover(self._path)
         for path in self._path.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def set_aside(self, paths: Collection[Path]) -> None:
+        """Renames checkpoints that are of no use, which would be taken for the newest.
+
+        Raises:
+            OSError: they cannot be renamed.
+        """
+        for path in paths:
+            aside = path.with_name(f"{path.name}.unusable")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
     def prune(self, best: Collection[Path | None]) -> None:
         """Deletes all but the newest, and of those of best validations all but these."""

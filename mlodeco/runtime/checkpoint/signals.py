@@ -13,7 +13,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Signals:
     """Notes signals inside a ``with`` block in the main thread; elsewhere it does nothing.
 
-    A second SIGINT raises ``KeyboardInterrupt`` at once. Signals that are ignored stay so.
+    A SIGINT behind another signal raises ``KeyboardInterrupt`` at once, in a function that hangs
+    for instance. Signals that are ignored stay so.
 
     Attributes:
         received: the first of the signals that came.
@@ -39,6 +40,6 @@ class Signals:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = self.received or number

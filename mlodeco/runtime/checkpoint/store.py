@@ -22,6 +22,7 @@ from mlodeco.runtime.checkpoint.folder import (
     Part,
     compare_programs,
     damaged,
+    is_count,
     read,
 )
 from mlodeco.runtime.checkpoint.journal import Journal, Record, read_records
@@ -43,6 +44,25 @@ class Progress:
     run_seed: int
     stop_reason: str | None
     best: Mapping[str, Any] | None
+
+    def check(self, tick: int) -> None:
+        """Refuses what no run has written.
+
+        Args:
+            tick: what the manifest says.
+
+        Raises:
+            ValueError: an entry is of another kind.
+        """
+        best = {"tick": 0} if self.best is None else self.best
+        are_right = (
+            self.tick == tick and is_count(self.tick),
+            type(self.run_seed) is int,
+            isinstance(self.stop_reason, str | None),
+            isinstance(best, Mapping) and is_count(best["tick"], most=tick),
+        )
+        if not all(are_right):
+            raise ValueError("where the run stood is not what it should be")
 
 
 _Looked = tuple[Found, Any, Any, Progress, list[Record]]
@@ -81,8 +101,7 @@ def load(owners: Owners, journal: Journal, path: Path, device: torch.device) -> 
         common, own = (decode(p.tree, p.tensors, device) for p in (found.common, found.own))
         compare_programs(*owners.buffers_of(common, own), path)
         progress = Progress(**{**common["progress"], "run_seed": own["run_seed"]})
-        if not isinstance(progress.tick, int) or not isinstance(progress.run_seed, int):
-            raise TypeError("the tick or the seed is no number")
+        progress.check(found.head["tick"])
         return found, common, own, progress, read_records(found.history)
 
     found, common, own, progress, records = _agreed(owners, path, look)
