@@ -366,7 +366,7 @@ def test_bad_data_are_no_overflow_in_half(value):
         low = program.level(
             "low", module=partial(torch.nn.Linear, 3, 1), optimizer=sgd, data=data, precision="fp16"
         )
-        low(lambda model, batch: 0.01 * (model(batch) ** 2).mean())
+        low(lambda model, batch: 0.01 * (model(batch).float() ** 2).mean())
         return program
 
     with pytest.raises(NonFiniteError, match="batch of level 'low' has 12"):
