@@ -359,6 +359,12 @@ def other_program():
     return program
 
 
+def test_a_path_without_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: there is no checkpoint") as caught:
+        Runner(small(), seed=7, resume=tmp_path / "nowhere")
+    assert "damaged" not in str(caught.value)
+
+
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest.json.*there is no such file"):
         Runner(small(), seed=7).load(tmp_path)
