@@ -16,7 +16,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 import mlodeco
 from mlodeco import Program, Runner
@@ -46,10 +55,11 @@ KILLS = int(os.environ.get("MLODECO_KILLS", "4"))
 FUZZED = int(os.environ.get("MLODECO_FUZZED", "150"))
 CPU = torch.device("cpu")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning"),
-    pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::mlodeco.errors.SolverWarning",
+    "ignore:'set_vital':UserWarning",
+    "ignore:Sparse CSR:UserWarning",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +94,7 @@ def bilevel(method="neumann", *, low_options=None, top_options=None, low_data=No
         hypergrad=method,
         module=vector(),
         optimizer=partial(Adam, lr=0.05),
-        data=loader(2),
-        **(top_options or {}),
+        **{"data": loader(2), **(top_options or {})},
     )
     def top(hyper, batch, low):
         x, y = batch
@@ -194,6 +203,106 @@ def batches_of_a_closure():
             yield tuple(t[source.permutation(48)[:8]] for t in data(1))
 
     return batches
+
+
+class Drawing(TensorDataset):
+    """Samples with numbers of its own generators."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.rng = np.random.default_rng(4)
+        self.transform = partial(jittered, random.Random(4))
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return self.transform(x) + self.rng.random(), y
+
+
+def jittered(rng, x):
+    return x * rng.random()
+
+
+class Permuted(IterableDataset):
+    def __init__(self):
+        self.g = torch.Generator().manual_seed(4)
+
+    def __iter__(self):
+        x, y = data(1)
+        for n in torch.randperm(len(x), generator=self.g):
+            yield x[n], y[n]
+
+
+def drawing():
+    both = ConcatDataset([Drawing(*data(1, 24)), Subset(Drawing(*data(2)), range(24))])
+    return DataLoader(both, 8, shuffle=True)
+
+
+def collated():
+    rng = random.Random(4)
+
+    def collate(samples):
+        x, y = default_collate(samples)
+        return x * rng.random(), y
+
+    return loader(1, collate_fn=collate)
+
+
+class Shaken(nn.Module):
+    """A module that has a generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 1, dtype=torch.float64)
+        self.g = torch.Generator().manual_seed(4)
+
+    def forward(self, x):
+        return self.inner(x + torch.rand(3, generator=self.g, dtype=torch.float64))
+
+
+def with_generators():
+    """A level, a hook and a validation that close over generators."""
+    program = Program()
+    numpy, python, torchs = np.random.default_rng(4), random.Random(4), torch.Generator()
+
+    @program.level("low", module=Shaken, optimizer=partial(SGD, lr=0.05), data=loader(1))
+    def low(model, batch):
+        x, y = batch
+        return ((model(x)[:, 0] - y - float(numpy.random())) ** 2).mean()
+
+    @program.on("before_step", level="low")
+    def shake(low):
+        with torch.no_grad():
+            low.inner.bias.add_(0.01 * python.random())
+
+    @program.validate(every=2)
+    def noise(low):
+        return {"noise": torch.rand((), generator=torchs)}
+
+    return program
+
+
+def with_epochs():
+    """A sampler whose epoch a hook sets."""
+    low_data = TensorDataset(*data(1))
+    sampler = DistributedSampler(low_data, num_replicas=1, rank=0)
+    program = bilevel(low_data=DataLoader(low_data, 8, sampler=sampler))
+
+    @program.on("epoch_end", level="low")
+    def turn(ctx):
+        sampler.set_epoch(ctx.epoch + 1)
+
+    return program
+
+
+def with_one_loader(make):
+    """Two levels that read one loader."""
+    one = make()
+    return bilevel(low_data=one, top_options={"data": one})
+
+
+def stateful(dataset=None, **options):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+    return loaders.StatefulDataLoader(dataset or TensorDataset(*data(1)), 8, **options)
 
 
 class Tasks:
@@ -381,6 +490,19 @@ PROGRAMS = {
     "noisy": partial(bilevel, low_data=lambda: DataLoader(Noisy(*data(1)), 8, shuffle=True)),
     "rows": partial(bilevel, low_data=lambda: DataLoader(Rows(), 8)),
     "workers": partial(bilevel, low_data=lambda: loader(1, num_workers=1)),
+    "persistent": partial(
+        bilevel, low_data=lambda: loader(1, num_workers=1, persistent_workers=True)
+    ),
+    "drawing": partial(bilevel, low_data=drawing),
+    "permuted": partial(bilevel, low_data=lambda: DataLoader(Permuted(), 8)),
+    "collated": partial(bilevel, low_data=collated),
+    "generators": with_generators,
+    "epochs": with_epochs,
+    "one loader": partial(with_one_loader, partial(loader, 1)),
+    "one stateful": partial(with_one_loader, partial(stateful, shuffle=True)),
+    "one persistent": partial(
+        with_one_loader, partial(loader, 1, num_workers=1, persistent_workers=True)
+    ),
     "stateful": partial(bilevel, low_data=Stateful),
     "closure": lambda: bilevel(low_data=batches_of_a_closure()),
 }
@@ -418,18 +540,21 @@ def check_that_it_goes_on(make, save_at, more, path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", mlodeco.errors.SolverWarning)
+        warnings.filterwarnings("ignore", "'set_vital'")
         resumed.load(path)
         assert resumed.tick == save_at
         steps_of(resumed, more)
     assert left_by(resumed) == expected
 
 
+@pytest.mark.filterwarnings("ignore::mlodeco.errors.CheckpointWarning")
 @pytest.mark.parametrize("save_at", [2, 7])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_run_that_is_saved_and_loaded_goes_on_to_the_bit(name, save_at, tmp_path):
     check_that_it_goes_on(PROGRAMS[name], save_at, 11 - save_at, tmp_path / "saved")
 
 
+@pytest.mark.filterwarnings("ignore:.*in between:mlodeco.errors.CheckpointWarning")
 def test_all_random_numbers_go_on(tmp_path):
     first, second = random.Random(3), np.random.default_rng(3)
 

@@ -32,7 +32,7 @@ def state() -> Any:
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
-    twister = _twister(numpy)
+    twister = _twister_of(numpy)
     if twister is not None and _latest is not None and _latest[0] == twister:
         return _latest[1]
     found = numpy.random.get_state(legacy=False)
@@ -44,7 +44,13 @@ def restore(saved: Any) -> None:
     """Puts back a state."""
     numpy = sys.modules["numpy"]
     numpy.random.set_state(saved)
-    _keep(_twister(numpy), saved)
+    _keep(_twister_of(numpy), saved)
+
+
+def twister() -> bytes | None:
+    """The bytes of its Mersenne twister; None without NumPy, or if it is of another kind."""
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else _twister_of(numpy)
 
 
 def spelled() -> str:
@@ -95,7 +101,7 @@ def _keep(twister: bytes | None, found: Any) -> None:
     _latest = None if twister is None or found["has_gauss"] else (twister, found)
 
 
-def _twister(numpy: Any) -> bytes | None:
+def _twister_of(numpy: Any) -> bytes | None:
     """The bytes of the Mersenne twister; None if the stream is of another kind."""
     generator = numpy.random.get_bit_generator()
     if type(generator) is not numpy.random.MT19937:

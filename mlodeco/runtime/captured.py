@@ -45,7 +45,7 @@ def _held(function: FunctionType) -> Iterator[Any]:
             continue
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    for name in set(_names(function.__code__)):
+    for name in dict.fromkeys(_names(function.__code__)):
         if name in function.__globals__:
             yield function.__globals__[name]
 

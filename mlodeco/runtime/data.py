@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,11 @@ from mlodeco.runtime.generators import (
     find_generators,
     preserved_generators,
     read_generators,
-    write_generators,
+    restore_generators,
+    warn_of_others,
 )
 from mlodeco.runtime.notes import misfit, noted
-from mlodeco.runtime.position import Pass
+from mlodeco.runtime.position import Pass, keeps_its_state, loader_of
 
 
 class Cursor:
@@ -42,6 +44,7 @@ class Cursor:
         self._where = where
         self._origin = origin
         self._pass: Pass | None = None
+        self._told: set[str] = set()
         self.epoch = 0
 
     def advance(self) -> tuple[Any, bool]:
@@ -69,7 +72,9 @@ class Cursor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, and the generators that it draws from."""
+        """Where it stands, and the generators that it draws from; a doubt is told once."""
+        if self._pass is not None:
+            self._pass.tell_doubt(self._where, self._told)
         return {
             "epoch": self.epoch,
             "pass": self._pass and self._pass.state_dict(),
@@ -86,28 +91,24 @@ class Cursor:
             now: how many there are; each goes on where all of them together stood.
 
         Raises:
-            DataError: the data have fewer items than were drawn.
+            DataError: the data have fewer items than were drawn, or fail.
         """
         self.epoch = state["epoch"]
-        found = state["pass"]
-        try:
-            drawn = found and self._drawn(found["drawn"], state["batch_size"], then, now)
-            self._pass = found and Pass.resumed(self._source, self._origin, found, drawn)
-        except StopIteration:
-            raise self._where.error(
-                f"the data have fewer than the {found['drawn']} batches of a pass that had been "
-                "drawn when the checkpoint was written.",
-                "resume with the data that the run was begun with.",
-            ) from None
-        write_generators(find_generators(self._origin), state["generators"])
+        self._pass = None
+        if (found := state["pass"]) is not None:
+            drawn = found["drawn"]
+            if then != now and loader_of(self._source) is not None:
+                drawn = self._drawn_by_each(drawn * then, state["batch_size"], now)
+                found = {**found, "kept": None}  # which counts the batches of one process
+            self._pass = Pass.resumed(self._source, self._origin, found, drawn, self._where.error)
+        if not restore_generators(find_generators(self._origin), state["generators"]):
+            warn_of_others(self._where)
 
-    def _drawn(self, drawn: int, batch_size: int | None, then: int, now: int) -> int:
-        """The batches that are behind each process, rounded up."""
-        if then == now or not isinstance(self._source, DataLoader):
-            return drawn
-        present = self._source.batch_size
+    def _drawn_by_each(self, drawn: int, batch_size: int | None, now: int) -> int:
+        """The batches that are behind each process where so many are in all, rounded up."""
+        present = getattr(self._source, "batch_size", None)
         sizes = (batch_size, present) if batch_size and present else (1, 1)
-        return -(-drawn * then * sizes[0] // (now * sizes[1]))
+        return -(-drawn * sizes[0] // (now * sizes[1]))
 
     @property
     def finished(self) -> int:
@@ -181,6 +182,17 @@ def open_source(data: Any, where: Where) -> Iterable[Any]:
     return iterable
 
 
+def set_apart(source: Iterable[Any]) -> Iterable[Any]:
+    """A copy of a loader that holds on to its iterator, so that each reader has its own."""
+    if not isinstance(source, DataLoader):
+        return source
+    if not source.persistent_workers and not keeps_its_state(source):
+        return source
+    loader = copy.copy(source)
+    vars(loader).update(_iterator=None, _initial_iter_for_state_dict=False)
+    return loader
+
+
 class _Remade:
     """An iterable whose passes each ask a factory for a new iterator."""
 
@@ -217,7 +229,7 @@ class Feed:
             key: Cursor(source if share is None else share(source), where, {0: value, 1: source})
             for key, value in sources.items()
             for where in (Where(site, level, key or None),)
-            for source in (open_source(value, where),)
+            for source in (set_apart(open_source(value, where)),)
         }
 
     @property

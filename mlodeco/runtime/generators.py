@@ -1,22 +1,29 @@
-"""Generators of random numbers that data hold on to: found, read, and put back."""
+"""Generators of random numbers that data and functions hold: found, read, and put back."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
+from mlodeco.errors import CheckpointWarning
 from mlodeco.runtime.captured import captured_by
+
+_HELD = ("sampler", "batch_sampler", "dataset", "collate_fn", "transform", "target_transform")
+_HELD_LISTS = ("datasets", "transforms")
 
 
 @contextmanager
 def preserved_generators(data: Any) -> Iterator[None]:
-    """Restores the generators of loaders, of their samplers and of functions on leaving."""
+    """Restores the generators of loaders, of what they are made of and of functions on leaving."""
     found = find_generators(data)
     states = read_generators(found)
     try:
@@ -26,7 +33,11 @@ def preserved_generators(data: Any) -> Iterator[None]:
 
 
 def find_generators(data: Any) -> list[Any]:
-    """The generators of loaders, of their samplers and of functions, in an order of their own."""
+    """The generators of loaders, of what they are made of and of functions, always in one order.
+
+    An object with ``epoch`` and ``set_epoch``, as a DistributedSampler has, counts as one: it
+    draws its order from that number.
+    """
     found: list[Any] = []
     pending = [data]
     seen: set[int] = set()
@@ -37,7 +48,7 @@ def find_generators(data: Any) -> list[Any]:
         seen.add(id(value))
         if _is_generator(value):
             found.append(value)
-        elif isinstance(value, dict) or (value is data and isinstance(value, Mapping)):
+        if isinstance(value, dict) or (value is data and isinstance(value, Mapping)):
             pending.extend(value.values())
         elif isinstance(value, partial | FunctionType | MethodType):
             pending.extend(captured_by(value))
@@ -46,9 +57,25 @@ def find_generators(data: Any) -> list[Any]:
     return found
 
 
+def generators_of_program(functions: Iterable[Any], modules: Iterable[nn.Module]) -> list[Any]:
+    """The generators that functions close over, and that modules and their children hold."""
+    children = (child for module in modules for child in module.modules())
+    return find_generators(dict(enumerate((*functions, *children))))
+
+
 def read_generators(generators: list[Any]) -> list[Any]:
     """Their states."""
     return [_read(generator) for generator in generators]
+
+
+def spot(generator: Any) -> Any:
+    """Where a generator stands, to be compared."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
+    if (bits := _bits(generator)) is not None:
+        parts = bits.state["state"]
+        return [part.tolist() if hasattr(part, "tolist") else part for part in parts.values()]
+    return _read(generator)
 
 
 def write_generators(generators: list[Any], states: list[Any]) -> None:
@@ -57,10 +84,34 @@ def write_generators(generators: list[Any], states: list[Any]) -> None:
         _write(generator, state)
 
 
+def restore_generators(generators: list[Any], states: list[Any]) -> bool:
+    """Puts back states of another process; False, and nothing, where they are not as many."""
+    if len(generators) != len(states):
+        return False
+    write_generators(generators, states)
+    return True
+
+
+def warn_of_others(where: object) -> None:
+    """Warns of generators that cannot be told apart."""
+    warnings.warn(
+        f"{where} does not hold as many generators of random numbers as when the checkpoint was "
+        "written: they begin anew. Remedy: make them where their owner is made, and not at its "
+        "first use.",
+        CheckpointWarning,
+        stacklevel=3,
+    )
+
+
 def _is_generator(value: Any) -> bool:
     if isinstance(value, random.Random):
         return not isinstance(value, random.SystemRandom)
-    return isinstance(value, torch.Generator) or _bits(value) is not None
+    return isinstance(value, torch.Generator) or _bits(value) is not None or _has_epoch(value)
+
+
+def _has_epoch(value: Any) -> bool:
+    # asked of the type, since an object may answer to any name
+    return hasattr(type(value), "set_epoch") and isinstance(getattr(value, "epoch", None), int)
 
 
 def _bits(value: Any) -> Any:
@@ -74,7 +125,9 @@ def _bits(value: Any) -> Any:
 def _read(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else _bits(generator).state
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.epoch if _has_epoch(generator) else _bits(generator).state
 
 
 def _write(generator: Any, state: Any) -> None:
@@ -82,12 +135,16 @@ def _write(generator: Any, state: Any) -> None:
         generator.set_state(state)
     elif isinstance(generator, random.Random):
         generator.setstate(state)
+    elif _has_epoch(generator):
+        generator.set_epoch(state)
     else:
         _bits(generator).state = state
 
 
 def _generators_of(value: Any) -> list[Any]:
-    """Generators and samplers among the attributes; properties are not looked into."""
-    names = ("sampler", "batch_sampler")
+    """Generators and parts of data among the attributes; properties are not looked into."""
     attributes = vars(value) if hasattr(value, "__dict__") else {}
-    return [v for n, v in attributes.items() if n in names or _is_generator(v)]
+    parts = (attributes.get(name) for name in _HELD_LISTS)
+    lists = [part for part in parts if isinstance(part, list | tuple)]
+    held = [v for n, v in attributes.items() if n in _HELD or _is_generator(v)]
+    return [*held, *chain.from_iterable(lists)]

@@ -69,6 +69,11 @@ class Hooks:
         return event in self._by_event
 
     @property
+    def functions(self) -> list[Any]:
+        """Those of all hooks."""
+        return [hook.declaration.function for hooks in self._by_event.values() for hook in hooks]
+
+    @property
     def listens_to_gradients(self) -> bool:
         """Whether some hook takes ``grads``."""
         return any("grads" in hook.arguments for hooks in self._by_event.values() for hook in hooks)

@@ -116,6 +116,11 @@ class _Share:
             raise AttributeError(name)
         return getattr(self._source, name)
 
+    @property
+    def whole(self) -> Any:
+        """What it is a share of."""
+        return self._source
+
     def __iter__(self) -> Iterator[Any]:
         entries = self._pass()
         if self._tails == "keep":

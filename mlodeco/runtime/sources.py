@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from mlodeco.errors import DataError, MlodecoError
 from mlodeco.graph import Graph
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.data import Placer
-from mlodeco.runtime.generators import find_generators, read_generators, write_generators
+from mlodeco.runtime.generators import (
+    find_generators,
+    read_generators,
+    restore_generators,
+    warn_of_others,
+)
 from mlodeco.runtime.modules import preserved_modes
 from mlodeco.runtime.position import Pass, keeps_its_state
 
@@ -38,6 +44,7 @@ class Stream:
         self._modules = {name: modules[name] for name in source.levels}
         self._iterator: Iterator[Any] | None = None
         self._returned: list[Any] = []
+        self._told: set[str] = set()
 
     def draw(self) -> Any:
         """The next item; the function's modules keep their train/eval modes.
@@ -85,6 +92,10 @@ class Stream:
         return iterator
 
     @property
+    def _where(self) -> str:
+        return f"source {self._declaration.name!r} ({self._declaration.site})"
+
+    @property
     def can_resume(self) -> bool:
         """Whether another process can go on with its items where this one stands."""
         if self._declaration.is_one_shot:
@@ -94,9 +105,12 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """Where it stands; nothing of a stream that cannot resume."""
         value, is_one_shot = self._declaration.value, self._declaration.is_one_shot
+        a_pass = self._iterator if isinstance(self._iterator, Pass) else None
+        if a_pass is not None:
+            a_pass.tell_doubt(self._where, self._told)
         return {
             "returned": self._returned,
-            "pass": self._iterator.state_dict() if isinstance(self._iterator, Pass) else None,
+            "pass": a_pass and a_pass.state_dict(),
             "kept": value.state_dict() if self.can_resume and is_one_shot else None,
             "generators": read_generators(find_generators(value)),
         }
@@ -105,10 +119,14 @@ class Stream:
         """Goes on from that state; the global random numbers are moved."""
         value, found = self._declaration.value, state["pass"]
         self._returned = list(state["returned"])
-        self._iterator = Pass.resumed(value, value, found, found["drawn"]) if found else None
+        self._iterator = None
+        if found is not None:
+            failure = partial(_error, self._declaration)
+            self._iterator = Pass.resumed(value, value, found, found["drawn"], failure)
         if state["kept"] is not None:
             value.load_state_dict(state["kept"])
-        write_generators(find_generators(value), state["generators"])
+        if not restore_generators(find_generators(value), state["generators"]):
+            warn_of_others(self._where)
 
 
 class Sources:

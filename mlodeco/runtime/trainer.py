@@ -251,8 +251,11 @@ class Trainer:
             self._before_step.restore(self)
 
     def bad_loss(self, found: Gradients) -> NonFiniteError | None:
-        """What is said of a step's own loss that is not finite; the same in all processes."""
-        if found.trouble is not None:
+        """What is said of a loss that is not finite; the same in all processes.
+
+        Not of a level with lower levels, whose loss may be lost by an overflow of its derivatives.
+        """
+        if self._built.graph.lower[self.level.name]:
             return None
         try:
             require_finite(found.loss, self.level.name, self.level.site)

@@ -22,6 +22,7 @@ from mlodeco.runtime.generators import preserved_generators
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.hooks import bind_validation, describe_validation
 from mlodeco.runtime.modules import preserved_modes
+from mlodeco.runtime.position import guarded_workers
 from mlodeco.runtime.processes import Apart, Processes
 from mlodeco.runtime.shares import share_all
 
@@ -99,12 +100,13 @@ class Validation:
         )
         sums: dict[str, float] = {}
         samples = 0
-        for raw in self._source:
-            batch = self._place(raw)
-            size = count_samples(batch)
-            samples += size
-            for name, value in self._call({"ctx": apart, "batch": batch}).items():
-                sums[name] = sums.get(name, 0.0) + size * value
+        with guarded_workers(self._source):
+            for raw in self._source:
+                batch = self._place(raw)
+                size = count_samples(batch)
+                samples += size
+                for name, value in self._call({"ctx": apart, "batch": batch}).items():
+                    sums[name] = sums.get(name, 0.0) + size * value
         ctx.adopt(apart)
         found = self._processes.exchange([sums, samples])
         sums, samples = _summed([one for one, _ in found]), sum(size for _, size in found)

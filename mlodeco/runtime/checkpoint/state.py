@@ -19,6 +19,12 @@ from mlodeco.runtime.checkpoint.encoding import distinct, encode, storable
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.fsdp import shard_of, whole
+from mlodeco.runtime.generators import (
+    generators_of_program,
+    read_generators,
+    restore_generators,
+    warn_of_others,
+)
 from mlodeco.runtime.hooks import Hooks
 from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.recorder import Recorder
@@ -104,6 +110,7 @@ class Owners:
             "sources": self.sources.state_dict(),
             "tracked": {name: value.state_dict() for name, value in self.tracked.items()},
             "generators": {name: g.get_state() for name, g in self.generators.items()},
+            "held": read_generators(self._held()),
             "streams": SavedRandomness().state_dict(),
         }
 
@@ -145,6 +152,8 @@ class Owners:
         self._restore_tracked(own["tracked"])
         for name, generator in self.generators.items():
             generator.set_state(own["generators"][name])
+        if not restore_generators(self._held(), own["held"]):
+            warn_of_others("the program")
         SavedRandomness().load_state_dict(own["streams"]).restore()
 
     def buffers_of(
@@ -199,6 +208,17 @@ class Owners:
                 "does not track: it is not used, and not in later checkpoints."
             )
 
+    def _held(self) -> list[Any]:
+        """The generators that the program's functions and modules hold."""
+        levels = self.built.levels.values()
+        functions = (
+            *(f for level in levels for f in _functions(level)),
+            *(one.declaration.function for one in self.validations),
+            *self.hooks.functions,
+            *self.built.custom.values(),
+        )
+        return generators_of_program(functions, (level.module for level in levels))
+
     def _last(self, level: BuiltLevel) -> list[Any] | None:
         """The last batches of a level that levels above may see again before its next step.
 
@@ -216,6 +236,11 @@ class Owners:
         for name, generator in self.generators.items():
             generator.manual_seed(make_seed(run_seed, tick, rank, name))
         seed_streams(make_seed(run_seed, tick, rank))
+
+
+def _functions(level: BuiltLevel) -> list[Any]:
+    rule = [] if level.update is None else [level.update.declaration.function]
+    return [level.declaration.function, *level.declaration.tune.values(), *rule]
 
 
 def _warn(message: str) -> None:
