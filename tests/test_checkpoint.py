@@ -396,11 +396,15 @@ class Changing(nn.Module):
         return self.linear((self.rows @ (self.sparse @ x.T)).T)
 
 
-def changing():
+def scripted():
+    return torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double())
+
+
+def changing(module=Changing):
     """A level whose buffers change what they are; one step of it is one pass."""
     program = Program()
 
-    @program.level("low", module=Changing, optimizer=partial(SGD, lr=0.01), data=loader(1))
+    @program.level("low", module=module, optimizer=partial(SGD, lr=0.01), data=loader(1))
     def low(model, batch):
         x, y = batch
         return ((model(x)[:, 0] - y) ** 2).mean()
@@ -470,6 +474,7 @@ PROGRAMS = {
     "tasks": partial(tasks, 1),
     "module": partial(bilevel, module=Memory),
     "changing": changing,
+    "scripted": partial(changing, scripted),
     "pairs": of_pairs,
     "unroll": partial(bilevel, "unroll", low_options={"inner_steps": 4}),
     "kept graphs": partial(bilevel, Unroll(keep_graph=True), low_options={"inner_steps": 4}),

@@ -283,10 +283,9 @@ def _type_of(module: str, name: str, fields: list[str]) -> type[tuple[Any, ...]]
     """A type of namedtuples: that of the program, else one with the same names."""
     known, make = sys.modules.get(module), namedtuple
     found = vars(known).get(name) if known is not None else None
-    if isinstance(found, type) and issubclass(found, tuple):
-        is_same = list(getattr(found, "_fields", ())) == fields
-        if is_same:
-            return found
+    is_like = list(getattr(found, "_fields", ())) == fields
+    if is_like and isinstance(found, type) and issubclass(found, tuple):
+        return found
     return make(name.rpartition(".")[2], fields)
 
 

@@ -300,11 +300,12 @@ def read_buffers(module: nn.Module) -> dict[str, list[Any]]:
 
 def _write_buffers(module: nn.Module, saved: Mapping[str, list[Any]]) -> None:
     """Gives a module these buffers, and takes those away that it has beside."""
+    children = dict(module.named_modules(remove_duplicate=False))
     for name in read_buffers(module).keys() | saved.keys():
         path, _, key = name.rpartition(".")
-        child = module.get_submodule(path)
+        child = children[path]
         if name not in saved:
-            delattr(child, key)
+            child._buffers.pop(key, None)  # one module may have two names
         elif key not in child._buffers:
             value, is_persistent = saved[name]
             child.register_buffer(key, value, persistent=is_persistent)
