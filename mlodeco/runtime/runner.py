@@ -42,12 +42,12 @@ from mlodeco.errors import (
 from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
 from mlodeco.runtime.build import Build, BuiltLevel, build
-from mlodeco.runtime.causes import Cause, find_cause
+from mlodeco.runtime.causes import Cause, find_cause, find_in_batches
 from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.output import Output, Saving
 from mlodeco.runtime.checkpoint.signals import Interrupts
-from mlodeco.runtime.checkpoint.state import Owners
+from mlodeco.runtime.checkpoint.state import Owners, read_buffers
 from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
 from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.context import Context
@@ -336,6 +336,7 @@ class Runner:
             tracked=registry.tracked,
             make_context=self._muted,
             processes=processes,
+            declared={name: list(read_buffers(level.module)) for name, level in levels.items()},
         )
 
     def _has_half(self, name: str) -> bool:
@@ -766,8 +767,8 @@ class Runner:
         return f"; {quoted(idle)} never had a turn: its lower levels' inner loops are longer"
 
     def _lost_steps(self) -> str:
-        lost = {name: trainer.watch.skipped for name, trainer in self._trainers.items()}
-        told = [f"{counted(count, 'step')} of {name!r}" for name, count in lost.items() if count]
+        lost = self.history.skipped.items()
+        told = [f"{counted(count, 'step')} of {name!r}" for name, count in lost]
         return f"; skipped, since not finite: {', '.join(told)}" if told else ""
 
     def _take_turn(self, name: str) -> None:
@@ -911,10 +912,41 @@ class Runner:
         """Whether a step is skipped, with all as before it; the same in all processes."""
         trainer = self._trainers[name]
         if trainer.scale is not None:
-            return trainer.overflowed(found)
-        return self._judge(name, trainer.trouble(found), batches)
+            is_spoilt = self._judge_data(name, trainer.bad_loss(found), batches)
+            return trainer.overflowed(found) if is_spoilt is None else is_spoilt
+        is_own = not math.isfinite(found.own_loss)
+        return self._judge(name, trainer.trouble(found), batches, is_own=is_own)
 
-    def _judge(self, name: str, error: NonFiniteError | None, batches: tuple[Drawn, ...]) -> bool:
+    def _judge_data(
+        self, name: str, error: NonFiniteError | None, batches: tuple[Drawn, ...]
+    ) -> bool | None:
+        """Whether a step is skipped whose loss bad numbers in its data have spoilt.
+
+        No scale mends that. None where there are none: so it may be an overflow.
+
+        Raises:
+            NonFiniteError: the run ends by it.
+        """
+        if error is None:
+            return None
+        is_bad = find_in_batches(self.built, name, batches, error) is not None
+        if self._processes.first_with(is_bad) is None:
+            return None
+        agreed = agree(self._processes, error, self._explain(error, name, batches))
+        trainer = self._trainers[name]
+        if agreed is None or not trainer.watch.judge(*agreed):
+            return False
+        trainer.undo_step()
+        return True
+
+    def _judge(
+        self,
+        name: str,
+        error: NonFiniteError | None,
+        batches: tuple[Drawn, ...],
+        *,
+        is_own: bool = False,
+    ) -> bool:
         """Whether a step is skipped for what a process has found; if so all is as before it.
 
         Raises:
@@ -926,7 +958,7 @@ class Runner:
                 raise error
             return False
         cause = None if error is None else self._explain(error, name, batches)
-        agreed = agree(self._processes, error, cause)
+        agreed = agree(self._processes, error, cause, is_own=is_own)
         if agreed is None or not trainer.watch.judge(*agreed):
             return False
         trainer.undo_step()
