@@ -9,15 +9,15 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals as Signal
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import send_to_device
 
 from mlodeco.calculus.mean import Mean
 from mlodeco.calculus.products import Compiler
@@ -31,7 +31,6 @@ from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.errors import (
     DriftWarning,
     MlodecoError,
-    MlodecoWarning,
     NonFiniteError,
     Preempted,
     RedeclarationWarning,
@@ -72,7 +71,6 @@ from mlodeco.runtime.history import (
     as_number,
 )
 from mlodeco.runtime.hooks import Hooks
-from mlodeco.runtime.launch import make_accelerator
 from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
 from mlodeco.runtime.memory import peak_memory
 from mlodeco.runtime.nonfinite import POLICIES, Watch, agree
@@ -81,73 +79,24 @@ from mlodeco.runtime.overlap import passes_of
 from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
 from mlodeco.runtime.processes import (
     REDUCTIONS,
-    Processes,
     check_choice,
     processes_of,
+    quiet,
     require_same,
 )
 from mlodeco.runtime.recorder import Recorder, Values
 from mlodeco.runtime.replicas import place as place_level
 from mlodeco.runtime.report import warn_of_trouble
+from mlodeco.runtime.result import Best, Result
 from mlodeco.runtime.scaling import make_scale
+from mlodeco.runtime.seeding import seed_all
 from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
 from mlodeco.runtime.shares import TAILS, drawn_alike, share
 from mlodeco.runtime.sources import Sources
-from mlodeco.runtime.trackers import Trackers, check_trackers
+from mlodeco.runtime.trackers import Trackers, tracking_accelerator
 from mlodeco.runtime.trainer import Gradients, Trainer
 from mlodeco.runtime.validation import Validation
 from mlodeco.tree import is_shard
-
-if TYPE_CHECKING:
-    from mlodeco.show.figures import Figure
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best validation of the metric that is monitored.
-
-    ``path`` is the folder of its checkpoint; None for a run without ``out``.
-    """
-
-    tick: int
-    metric: str
-    value: float
-    metrics: dict[str, float]
-    path: Path | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gives back.
-
-    Attributes:
-        history: its records.
-        best: the best validation; None if nothing is monitored.
-        stop_reason: why it ended.
-        ticks: ticks run, over all calls of ``run`` of this runner.
-        directory: the folder of the run; None for one without ``out``.
-    """
-
-    history: History
-    best: Best | None
-    stop_reason: str
-    ticks: int
-    directory: Path | None = None
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many steps of each level were skipped, since their numbers were not finite."""
-        return self.history.skipped
-
-    def plot(self, **options: Any) -> Figure:
-        """The losses and validation metrics as a figure: :meth:`History.plot`."""
-        return self.history.plot(**options)
-
-    def __repr__(self) -> str:
-        found, told = self.best, ""
-        if found is not None:
-            told = f"; best {found.metric} {found.value:.4g} at tick {found.tick}"
-        return f"<Result: {counted(self.ticks, 'tick')}; {self.stop_reason}{told}>"
 
 
 class Listener(Protocol):
@@ -253,7 +202,7 @@ class Runner:
         self._last_tick: int | None = None
         self._signum: int | None = None
         self._saved_at: tuple[int, int] | None = None
-        self._accelerator = _tracking_accelerator(accelerator, log_with, project, out)
+        self._accelerator = tracking_accelerator(accelerator, log_with, project, out)
         self._precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
         )
@@ -262,7 +211,7 @@ class Runner:
             self._accelerator.num_processes,
             self._accelerator.device,
         )
-        with self._processes.ended_together(), _quiet(self._processes):
+        with self._processes.ended_together(), quiet(self._processes):
             self._begin(registry, seed, saving)
         tracked = self._accelerator.log_with or self._accelerator.trackers
         if self.is_main and tracked:
@@ -487,7 +436,7 @@ class Runner:
                 stack.enter_context(self._output.signals)
             stack.enter_context(self._interrupts)
             stack.enter_context(self._processes.ended_together())
-            stack.enter_context(_quiet(self._processes))
+            stack.enter_context(quiet(self._processes))
             if self._output is not None:
                 stack.enter_context(self._output.locked())
             result = self._run(last, steps)
@@ -593,7 +542,7 @@ class Runner:
         Raises:
             RunError: another process has failed.
         """
-        with self._interrupts, self._processes.ended_together(), _quiet(self._processes):
+        with self._interrupts, self._processes.ended_together(), quiet(self._processes):
             return self._step()
 
     def _step(self) -> Tick:
@@ -650,7 +599,7 @@ class Runner:
             CheckpointError: it cannot be written, or the state holds what it cannot hold.
         """
         folder = Path(path).absolute()
-        with self._processes.ended_together(), _quiet(self._processes):
+        with self._processes.ended_together(), quiet(self._processes):
             write(folder, self._contents(), self._processes)
         return folder
 
@@ -663,7 +612,7 @@ class Runner:
         Raises:
             CheckpointError: it is damaged, or belongs to another program or version.
         """
-        with self._processes.ended_together(), _quiet(self._processes):
+        with self._processes.ended_together(), quiet(self._processes):
             self._load(Path(path).absolute())
 
     def _load(self, path: Path) -> None:
@@ -1213,33 +1162,6 @@ class Runner:
         self._stop_reason = self._stop_reason or ctx.stop_reason
 
 
-def _tracking_accelerator(
-    given: Accelerator | None,
-    log_with: Any,
-    project: str,
-    out: str | os.PathLike[str] | None,
-) -> Accelerator:
-    """The Accelerator of a run, with the trackers that were asked for.
-
-    Raises:
-        RunError: a tracker cannot be made, or they are asked for in two places.
-    """
-    if not isinstance(project, str):
-        raise RunError(
-            f"project={project!r}.", expected="a name.", remedy="project='first', for instance."
-        )
-    if log_with is None:
-        return make_accelerator(given)
-    if given is not None:
-        raise RunError(
-            "log_with= and accelerator= are both given.",
-            expected="trackers in one place.",
-            remedy="make the Accelerator with them: Accelerator(log_with=..., project_dir=...).",
-        )
-    trackers = check_trackers(log_with, out)
-    return make_accelerator(None, log_with=trackers or None, project_dir=out)
-
-
 class _Draw(NamedTuple):
     """What a step was given: micro-batches, whether a pass ended, the random numbers behind."""
 
@@ -1256,17 +1178,6 @@ class _Placer:
 
     def __call__(self, batch: Any) -> Any:
         return batch if self._device.type == "cpu" else send_to_device(batch, self._device)
-
-
-@contextmanager
-def _quiet(processes: Processes) -> Iterator[None]:
-    """Leaves the library's own warnings to the main process."""
-    if processes.is_main:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MlodecoWarning)
-        yield
 
 
 @contextmanager
@@ -1298,19 +1209,6 @@ def check_steps(steps: object) -> None:
             expected="a positive integer, the number of ticks.",
             remedy="run(steps=1000), for instance.",
         )
-
-
-def seed_all(seed: int, *, by_process: bool = False) -> None:
-    """Seeds torch, ``random`` and NumPy, in each process otherwise if asked for.
-
-    Raises:
-        RunError: it is no seed.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise RunError(
-            f"seed={seed!r}.", expected="an integer from 0 to 2**32 - 1.", remedy="run(seed=0)."
-        )
-    set_seed(seed, device_specific=by_process)
 
 
 def _timings(built: Build) -> dict[str, Timing]:
