@@ -6,21 +6,16 @@ import math
 import os
 import sys
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from signal import Signals as Signal
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 
-from mlodeco.calculus.mean import Mean
-from mlodeco.calculus.products import Compiler
 from mlodeco.calculus.randomness import RecordedStreams, SavedRandomness, randomness_set_aside
 from mlodeco.calculus.stateless import frozen
 from mlodeco.calculus.sweep import Hypergradient
@@ -29,7 +24,6 @@ from mlodeco.declare.checks import as_integer
 from mlodeco.declare.records import describe_validation
 from mlodeco.declare.registry import Registry, current_registry
 from mlodeco.errors import (
-    DriftWarning,
     MlodecoError,
     NonFiniteError,
     Preempted,
@@ -38,9 +32,10 @@ from mlodeco.errors import (
     counted,
     quoted,
 )
-from mlodeco.graph import Schedule, Timing
 from mlodeco.hypergrad import describe
-from mlodeco.runtime.build import Build, BuiltLevel, build
+from mlodeco.runtime.alike import compare_notes
+from mlodeco.runtime.assembly import Options, assemble
+from mlodeco.runtime.build import Build
 from mlodeco.runtime.causes import Cause, find_cause
 from mlodeco.runtime.checkpoint.folder import Contents, write
 from mlodeco.runtime.checkpoint.journal import Journal
@@ -53,10 +48,8 @@ from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.engine import (
     compute_hypergradient,
-    levels_involved,
     muted_context,
     probe_level,
-    refuse_half,
     seed_of,
     step_point,
     warn_of_nested_paths,
@@ -70,33 +63,23 @@ from mlodeco.runtime.history import (
     ValidationRecord,
     as_number,
 )
-from mlodeco.runtime.hooks import Hooks
-from mlodeco.runtime.loops import items_of, recordings, require_differentiable, unrolled_edges
+from mlodeco.runtime.loops import items_of, unrolled_edges
 from mlodeco.runtime.memory import peak_memory
-from mlodeco.runtime.nonfinite import POLICIES, Watch, agree
-from mlodeco.runtime.optimizers import make_optimizer, warn_if_flat
-from mlodeco.runtime.overlap import passes_of
-from mlodeco.runtime.precision import choose_precision, dtype_of, set_precision
+from mlodeco.runtime.nonfinite import POLICIES, agree
+from mlodeco.runtime.precision import choose_precision, set_precision
 from mlodeco.runtime.processes import (
     REDUCTIONS,
     check_choice,
     processes_of,
     quiet,
-    require_same,
 )
-from mlodeco.runtime.recorder import Recorder, Values
-from mlodeco.runtime.replicas import place as place_level
+from mlodeco.runtime.recorder import Recorder
 from mlodeco.runtime.report import warn_of_trouble
 from mlodeco.runtime.result import Best, Result
-from mlodeco.runtime.scaling import make_scale
-from mlodeco.runtime.seeding import seed_all
-from mlodeco.runtime.sharding import levels_to_shard, plain_part, shard_level
-from mlodeco.runtime.shares import TAILS, drawn_alike, share
-from mlodeco.runtime.sources import Sources
+from mlodeco.runtime.seeding import seed_all, seed_generators
+from mlodeco.runtime.shares import TAILS
 from mlodeco.runtime.trackers import Trackers, tracking_accelerator
 from mlodeco.runtime.trainer import Gradients, Trainer
-from mlodeco.runtime.validation import Validation
-from mlodeco.tree import is_shard
 
 
 class Listener(Protocol):
@@ -185,11 +168,7 @@ class Runner:
         check_choice("reduce", reduce, REDUCTIONS)
         check_choice("tails", tails, TAILS)
         check_choice("nonfinite", nonfinite, POLICIES)
-        self._nonfinite = nonfinite
-        self._tails = tails
-        self._reduce = reduce
-        self._nested = nested
-        self._backend = backend_of(compile, nested=nested)
+        backend = backend_of(compile, nested=nested)
         self._best: Best | None = None
         self._stop_reason: str | None = None
         self._steps: list[StepRecord] = []
@@ -203,9 +182,10 @@ class Runner:
         self._signum: int | None = None
         self._saved_at: tuple[int, int] | None = None
         self._accelerator = tracking_accelerator(accelerator, log_with, project, out)
-        self._precision = choose_precision(
+        precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
         )
+        self._options = Options(nested, reduce, tails, nonfinite, backend, precision)
         self._processes = processes_of(
             self._accelerator.process_index,
             self._accelerator.num_processes,
@@ -233,45 +213,21 @@ class Runner:
 
     def _set_up(self, registry: Registry, seed: int | None) -> None:
         """Builds the program and everything that steps it."""
-        device = self._accelerator.device
-        self.built: Build = self._build(registry)
+        parts = assemble(registry, self._options, self._accelerator, self._processes)
         self._program, self._version = registry, registry.version
-        place = _Placer(device)
-        hooks = Hooks(registry, self.built)
-        processes = self._processes
-        dtype = dtype_of(self._precision)
-        validations = [
-            Validation(d, self.built, place, processes, dtype) for d in registry.validations
-        ]
-        levels = self.built.levels
-        cut = partial(share, processes=processes, tails=self._tails)
-        passes = partial(passes_of, processes=processes, given=self._accelerator.ddp_handler)
-        self._trainers = {
-            n: Trainer(self.built, level, place, processes, cut, passes)
-            for n, level in levels.items()
-        }
-        set_precision(levels.values(), self._precision)
-        if self._nested:
-            refuse_half(self.built, levels)
-        for name, trainer in self._trainers.items():
-            trainer.level.reported.clear()
-            trainer.watch = Watch(trainer.level, self._nonfinite)
-            if self._has_half(name):
-                trainer.scale = make_scale(trainer.level, self._accelerator)
-        self._sources = Sources(self.built, place)
-        self.history = History(self.built.levels, is_validated=bool(validations))
-        self._hooks = hooks
-        self._compilers = {n: Compiler(self._backend) for n in levels if self._backend}
-        self._recorders = self._make_recorders()
-        self._validations = validations
-        self._schedule = Schedule(self.built.graph, _timings(self.built))
-        self._generators = {name: torch.Generator(device=device) for name in self._trainers}
+        self.built: Build = parts.built
+        self._trainers = parts.trainers
+        self._sources = parts.sources
+        self._hooks = parts.hooks
+        self._compilers = parts.compilers
+        self._recorders = parts.recorders
+        self._validations = parts.validations
+        self._schedule = parts.schedule
+        self._generators = parts.generators
+        self.history = History(self.built.levels, is_validated=bool(parts.validations))
         self._run_seed = torch.initial_seed() if seed is None else seed
         self._take_over()
-        for number, generator in enumerate(self._generators.values()):
-            # small numbers: a stream on a CPU is seeded by the lowest 32 bits
-            own = self._run_seed + number + 1_000_003 * processes.rank
-            generator.manual_seed(own % 2**63)
+        seed_generators(self._generators.values(), self._run_seed, self._processes.rank)
         self._journal = Journal(self.history)
         self._owners = Owners(
             built=self.built,
@@ -284,48 +240,8 @@ class Runner:
             generators=self._generators,
             tracked=registry.tracked,
             make_context=self._muted,
-            processes=processes,
+            processes=self._processes,
         )
-
-    def _has_half(self, name: str) -> bool:
-        """Whether a pass of a level's own steps is in float16."""
-        involved = levels_involved(self.built, name, None, nested=False)
-        return any(self.built.levels[other].loss.is_half for other in involved)
-
-    def _build(self, registry: Registry) -> Build:
-        """Builds the program, the same in all processes, placed and sharded."""
-        processes, accelerator = self._processes, self._accelerator
-        # a module that is sharded as it is made keeps of each process's numbers a part
-        with drawn_alike(processes) if processes.count > 1 else nullcontext():
-            built = build(registry)
-        to_shard = levels_to_shard(built, accelerator)
-        for level in built.levels.values():
-            if all(level.module is not other.module for other in to_shard):
-                place_level(level, accelerator.device)
-        self._start_alike(built, to_shard)
-        for level in to_shard:
-            shard_level(level, make_optimizer(level), accelerator)
-        return build(registry) if to_shard else built
-
-    def _make_recorders(self) -> dict[str, Recorder]:
-        """What records the steps of the levels that some method differentiates through."""
-        values = Values(self.built)
-        found: dict[str, Recorder] = {}
-        for name, recording in recordings(self.built, self.built.methods).items():
-            level = self.built.levels[name]
-            require_differentiable(level, self._trainers[name].optimizer)
-            warn_if_flat(level, self._trainers[name].optimizer)
-            level.recent = deque(level.recent, maxlen=level.declaration.inner_steps)
-            found[name] = Recorder(
-                self.built,
-                self._trainers[name],
-                recording,
-                values,
-                is_watched=self._hooks.come_between(name),
-                mean=self._exact_mean,
-                compiler=self._compilers.get(name),
-            )
-        return found
 
     def _seed_of_step(self, name: str) -> int | None:
         """Of a step's random numbers; None where they are those of the global streams."""
@@ -333,50 +249,6 @@ class Runner:
             rank = self._processes.rank
             return seed_of(self.built, name, (rank, name, self._schedule.steps[name], ""))
         return self._trainers[name].step_seed if self.built.levels[name].copied else None
-
-    def _start_alike(self, built: Build, to_shard: list[BuiltLevel]) -> None:
-        """Gives all processes the parameters and buffers of the main one, but not its shards.
-
-        Those of levels that will be sharded one after another: a device may not hold them all.
-        """
-        if self._processes.count == 1:
-            return
-        found: list[tuple[str, torch.Tensor]] = []
-        for name, level in built.levels.items():
-            module = level.module
-            tensors = (*level.parameters.items(), *module.named_parameters())
-            found += [(f"{name}: {key}", t) for key, t in (*tensors, *module.named_buffers())]
-        shapes = [[name, list(t.shape), str(t.dtype)] for name, t in found]
-        require_same(self._processes, "the names and shapes of parameters and buffers", shapes)
-        modules = [level.module for level in to_shard]
-        alone = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
-        rest = [t for _, t in found if not is_shard(t) and id(t) not in alone]
-        for part in (rest, *([t] for t in alone.values())):
-            self._processes.copy_from_main(part)
-
-    def _compare_notes(self) -> None:
-        """Gives all processes the buffers of the main one, which each process's own data moved.
-
-        Warns of parameters that are no longer the same.
-        """
-        if self._processes.count == 1:
-            return
-        levels = self.built.levels
-        modules = (level.module for level in levels.values())
-        self._processes.copy_from_main([b for module in modules for b in module.buffers()])
-        # a shard is in one process alone
-        tensors = {name: plain_part(lv.parameters).values() for name, lv in levels.items()}
-        sums = {name: [float(t.detach().sum()).hex() for t in ts] for name, ts in tensors.items()}
-        found = self._processes.exchange(sums)
-        drifted = [name for name in levels if any(one[name] != found[0][name] for one in found)]
-        if drifted:
-            warnings.warn(
-                f"the parameters of {quoted(drifted)} are not the same in all processes. Remedy: "
-                "let hooks and update rules change parameters alike in each; for random numbers "
-                "give them a generator of their own, seeded alike.",
-                DriftWarning,
-                stacklevel=3,
-            )
 
     @property
     def is_main(self) -> bool:
@@ -392,11 +264,6 @@ class Runner:
     def peak_memory(self) -> int | None:
         """The most bytes of memory taken: by tensors on a GPU, else by the process."""
         return peak_memory(self._accelerator.device)
-
-    @property
-    def _exact_mean(self) -> Mean | None:
-        """That of the products in a hypergradient."""
-        return self._processes.mean if self._reduce == "exact" else None
 
     def __iter__(self) -> Iterator[Tick]:
         """Ticks without end, until something stops the run."""
@@ -494,7 +361,7 @@ class Runner:
     def _finish(self) -> None:
         """What comes behind the last tick."""
         final = tuple(self._validate(final=True))
-        self._compare_notes()
+        compare_notes(self.built, self._processes)
         if final:
             self._tell(Tick(self.tick, (), final))
 
@@ -697,7 +564,7 @@ class Runner:
     def _take_over(self) -> None:
         """Makes the program's tick, seed, precision and optimizers those of this run."""
         self.built.tick, self.built.run_seed = self.tick + 1, self._run_seed
-        set_precision(self.built.levels.values(), self._precision)
+        set_precision(self.built.levels.values(), self._options.precision)
         for trainer in self._trainers.values():
             level = trainer.level
             level.optimizer, level.scheduler = trainer.optimizer, trainer.scheduler
@@ -992,9 +859,9 @@ class Runner:
                 lambda n: own if n == name else self._muted(n),
                 rank=self._processes.rank,
                 memories=trainer.memories,
-                nested=self._nested,
+                nested=self._options.nested,
                 tapes=self._tapes(name) if self._recorders else None,
-                mean=self._exact_mean,
+                mean=self._options.mean_of(self._processes),
                 scale=trainer.scale.value if trainer.scale else 1.0,
                 compilers=self._compilers,
             )
@@ -1003,12 +870,12 @@ class Runner:
                 raise
             trouble = error
             hyper = Hypergradient.lost(frozen(trainer.level.parameters))
-        if self._reduce == "once":
+        if self._options.reduce == "once":
             hyper = trainer.average_hypergradient(hyper)
         ctx.adopt(own)
         if trainer.skips_lost and not math.isfinite(hyper.size):
             return Gradients(math.nan, hyper.metrics, trouble=trouble)
-        if not self._nested:
+        if not self._options.nested:
             warn_of_nested_paths(self.built, name)
         warn_of_trouble(self.built, hyper.solves)
         trainer.adopt(hyper.gradient, hyper.state)
@@ -1095,7 +962,7 @@ class Runner:
             is_due = final or self.tick % validation.declaration.every == 0
             if not is_due or validation.last_tick == self.tick:
                 continue
-            self._compare_notes()
+            compare_notes(self.built, self._processes)
             ctx = self._context(None)
             try:
                 metrics = validation.run(ctx)
@@ -1170,16 +1037,6 @@ class _Draw(NamedTuple):
     streams: RecordedStreams
 
 
-class _Placer:
-    """Moves batches to a device; those already there are passed on as they are."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self, batch: Any) -> Any:
-        return batch if self._device.type == "cpu" else send_to_device(batch, self._device)
-
-
 @contextmanager
 def _located(trainer: Trainer, tick: int) -> Iterator[None]:
     """Adds level and tick to an exception from a user's function."""
@@ -1209,10 +1066,3 @@ def check_steps(steps: object) -> None:
             expected="a positive integer, the number of ticks.",
             remedy="run(steps=1000), for instance.",
         )
-
-
-def _timings(built: Build) -> dict[str, Timing]:
-    return {
-        name: Timing(d.inner_steps, d.repeat, d.warmup)
-        for name, d in ((n, level.declaration) for n, level in built.levels.items())
-    }
