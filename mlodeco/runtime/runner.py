@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
 from signal import Signals as Signal
 from typing import Any, Protocol
@@ -19,41 +18,25 @@ from mlodeco.calculus.randomness import SavedRandomness
 from mlodeco.declare.checks import as_integer
 from mlodeco.declare.records import describe_validation
 from mlodeco.declare.registry import Registry, current_registry
-from mlodeco.errors import (
-    Preempted,
-    RedeclarationWarning,
-    RunError,
-    counted,
-    quoted,
-)
+from mlodeco.errors import Preempted, RedeclarationWarning, RunError, counted, quoted
 from mlodeco.runtime.alike import compare_notes
 from mlodeco.runtime.assembly import Options, assemble
 from mlodeco.runtime.build import Build
-from mlodeco.runtime.checkpoint.folder import Contents, write
+from mlodeco.runtime.checkpoint.folder import write
 from mlodeco.runtime.checkpoint.journal import Journal
+from mlodeco.runtime.checkpoint.keeping import Keeper, Standing
 from mlodeco.runtime.checkpoint.output import Output, Saving
 from mlodeco.runtime.checkpoint.signals import Interrupts
 from mlodeco.runtime.checkpoint.state import Owners
-from mlodeco.runtime.checkpoint.store import Progress, collect, load, load_newest, refused
 from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.ending import Ending
 from mlodeco.runtime.events import Events
 from mlodeco.runtime.functional import check_nested
-from mlodeco.runtime.history import (
-    History,
-    Tick,
-    ValidationRecord,
-    as_numbers,
-)
+from mlodeco.runtime.history import History, Tick, ValidationRecord, as_numbers
 from mlodeco.runtime.memory import peak_memory
 from mlodeco.runtime.nonfinite import POLICIES
 from mlodeco.runtime.precision import choose_precision, set_precision
-from mlodeco.runtime.processes import (
-    REDUCTIONS,
-    check_choice,
-    processes_of,
-    quiet,
-)
+from mlodeco.runtime.processes import REDUCTIONS, check_choice, processes_of, quiet
 from mlodeco.runtime.result import Best, Result
 from mlodeco.runtime.seeding import seed_all, seed_generators
 from mlodeco.runtime.shares import TAILS
@@ -143,19 +126,15 @@ class Runner:
         self.built: Build
         self.history: History
         self.listeners: list[Listener] = []
-        self.tick = 0
         check_nested(nested)
         check_choice("reduce", reduce, REDUCTIONS)
         check_choice("tails", tails, TAILS)
         check_choice("nonfinite", nonfinite, POLICIES)
         backend = backend_of(compile, nested=nested)
-        self._best: Best | None = None
+        self._standing = Standing()
         self._ending = Ending()
         self._interrupts = Interrupts()
-        self._is_between_ticks = True
-        self._is_resumed = False
         self._last_tick: int | None = None
-        self._saved_at: tuple[int, int] | None = None
         self._accelerator = tracking_accelerator(accelerator, log_with, project, out)
         precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
@@ -179,22 +158,21 @@ class Runner:
             if seed is not None:
                 # processes differ, in dropout for instance; what must not is taken from the first
                 seed_all(seed, by_process=self._processes.count > 1)
-            self._set_up(registry, seed)
-            self._output = None if saving.out is None else Output(saving, self._processes)
-            self._resume(saving)
+            self._set_up(registry, seed, saving)
+            self._keeper.resume(saving)
         except BaseException:
             before.restore()
             raise
 
-    def _set_up(self, registry: Registry, seed: int | None) -> None:
+    def _set_up(self, registry: Registry, seed: int | None, saving: Saving) -> None:
         """Builds the program and everything that steps it."""
         parts = assemble(registry, self._options, self._accelerator, self._processes)
         self._program, self._version = registry, registry.version
         self._parts, self.built, self._trainers = parts, parts.built, parts.trainers
         self.history = History(self.built.levels, is_validated=bool(parts.validations))
-        self._run_seed = torch.initial_seed() if seed is None else seed
+        self._standing.run_seed = torch.initial_seed() if seed is None else seed
         self._take_over()
-        seed_generators(parts.generators.values(), self._run_seed, self._processes.rank)
+        seed_generators(parts.generators.values(), self._standing.run_seed, self._processes.rank)
         self._events = Events(parts, self._accelerator, self._processes)
         self._stepping = Stepping(
             parts,
@@ -206,7 +184,7 @@ class Runner:
             self._interrupts.held,
         )
         self._journal = Journal(self.history)
-        self._owners = Owners(
+        owners = Owners(
             built=parts.built,
             trainers=parts.trainers,
             recorders=parts.recorders,
@@ -219,6 +197,15 @@ class Runner:
             make_context=self._events.muted,
             processes=self._processes,
         )
+        self._output = None if saving.out is None else Output(saving, self._processes)
+        self._keeper = Keeper(
+            self._standing,
+            self._ending,
+            owners,
+            self._journal,
+            self._output,
+            self._accelerator.device,
+        )
 
     @property
     def is_main(self) -> bool:
@@ -226,9 +213,14 @@ class Runner:
         return self._processes.is_main
 
     @property
+    def tick(self) -> int:
+        """Ticks run, those before a checkpoint included."""
+        return self._standing.tick
+
+    @property
     def best(self) -> Best | None:
         """The best validation so far; None if nothing is monitored."""
-        return self._best
+        return self._standing.best
 
     @property
     def peak_memory(self) -> int | None:
@@ -252,7 +244,7 @@ class Runner:
         """
         check_steps(steps)
         if self._ending.reason is not None:
-            self._is_resumed = False
+            self._standing.is_resumed = False
         return self._run_to(self.tick + steps, steps)
 
     def run_to(self, tick: int) -> Result:
@@ -281,11 +273,11 @@ class Runner:
         return result
 
     def _run(self, last: int, steps: int) -> Result:
-        if not self._is_resumed:
+        if not self._standing.is_resumed:
             self._ending.reason = None
             for validation in self._parts.validations:
                 validation.without_best = 0
-        self._is_resumed, self._ending.signum = False, None
+        self._standing.is_resumed, self._ending.signum = False, None
         self._last_tick = last
         try:
             for listener in self.listeners:
@@ -296,13 +288,12 @@ class Runner:
                 self.step()
             if self._ending.signum is None:
                 self._finish()
-            if self._output is not None:
-                self._save(self._output)
+            self._announce(self._keeper.save())
             taken = self._parts.schedule.steps
             skipped = {name: trainer.watch.skipped for name, trainer in self._trainers.items()}
             result = Result(
                 self.history,
-                self._best,
+                self._standing.best,
                 self._ending.tell(steps, taken, skipped),
                 self.tick,
                 None if self._output is None else self._output.path,
@@ -310,12 +301,12 @@ class Runner:
             if self._ending.signum is None:
                 self._fire_run("run_end", history=self.history)
                 self._agree_on_end()
-            self._record(at_once=True)
+            self._keeper.record(at_once=True)
         except BaseException as error:
             for listener in self.listeners:
                 listener.on_error()
             try:
-                self._record(at_once=True)
+                self._keeper.record(at_once=True)
             except RunError as other:
                 error.add_note(str(other))
             raise
@@ -324,11 +315,6 @@ class Runner:
         for listener in self.listeners:
             listener.on_end(result)
         return result
-
-    def _record(self, *, at_once: bool) -> None:
-        """Adds the records of ticks that are over to the run's folder."""
-        if self._output is not None:
-            self._output.record(self._journal, self.tick, at_once=at_once)
 
     def _finish(self) -> None:
         """What comes behind the last tick."""
@@ -376,17 +362,29 @@ class Runner:
     def _step(self) -> Tick:
         self._warn_of_changes()
         self._take_over()
-        self._is_between_ticks = False
+        self._standing.is_between_ticks = False
         self._stepping.take_turns()
         with self._interrupts.held:
-            self.tick += 1
+            self._standing.tick += 1
             steps = self._stepping.finish_tick()
         tick = Tick(self.tick, steps, tuple(self._validate()))
         self._agree_on_end()
-        self._is_between_ticks = True
+        self._standing.is_between_ticks = True
         self._tell(tick)
-        self._save_if_due()
+        # a run writes the checkpoint of its last tick at its end
+        is_last = self._last_tick is not None and (
+            self.tick >= self._last_tick or self._ending.is_near
+        )
+        if not is_last:
+            self._announce(self._keeper.save_if_due())
         return tick
+
+    def _announce(self, written: list[Path]) -> None:
+        """Fires the event of each checkpoint that was written."""
+        for path in written:
+            if self._parts.hooks.wants("checkpoint"):
+                self._fire_run("checkpoint", path=path)
+                self._agree_on_end()
 
     def _warn_of_changes(self) -> None:
         if self._program.version != self._version:
@@ -420,7 +418,7 @@ class Runner:
         """
         folder = Path(path).absolute()
         with self._processes.ended_together(), quiet(self._processes):
-            write(folder, self._contents(), self._processes)
+            write(folder, self._keeper.contents(), self._processes)
         return folder
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -433,92 +431,12 @@ class Runner:
             CheckpointError: it is damaged, or belongs to another program or version.
         """
         with self._processes.ended_together(), quiet(self._processes):
-            self._load(Path(path).absolute())
-
-    def _load(self, path: Path) -> None:
-        progress = load(self._owners, self._journal, path, self._accelerator.device)
-        with refused(path):
-            self._best = None if progress.best is None else Best(**progress.best)
-        self.tick, self._run_seed = progress.tick, progress.run_seed
-        self._ending.reason, self._is_resumed = progress.stop_reason, True
-        self._stepping.begin_anew()
-        self._is_between_ticks = True
-        self._saved_at = None
-        if self._output is not None:
-            self._output.begin_anew()
-        if self._best is not None and self._output is not None:
-            self._best = replace(self._best, path=self._output.best(self._best.tick))
-
-    def _resume(self, saving: Saving) -> None:
-        """Goes on from a checkpoint if that was asked for, and makes the run's folder ready."""
-        resumed = None
-        if saving.resume is not None and saving.resume != "auto":
-            resumed = Path(saving.resume).absolute()
-            self._load(resumed)
-        if self._output is None:
-            return
-        with self._output.locked():
-            if saving.resume == "auto":
-                resumed = load_newest(self._output.candidates(), self._load)
-            best = None if self._best is None else self._best.path
-            self._output.begin(self._journal, resumed, best)
-        if resumed is not None and resumed == self._output.own(self.tick):
-            self._saved_at = self._stands
-        self._owners.check()
-
-    def _contents(self) -> Contents:
-        """Everything that decides how the run goes on.
-
-        Raises:
-            RunError: a tick is not finished.
-            CheckpointError: it holds what a checkpoint cannot.
-        """
-        if not self._is_between_ticks:
-            raise RunError(
-                "a checkpoint was asked for in the middle of a tick.",
-                remedy="save between two calls of step(), or run(out=..., checkpoint_every=...).",
-            )
-        self._journal.update(self.tick)
-        best = None if self._best is None else asdict(replace(self._best, path=None))
-        progress = Progress(self.tick, self._run_seed, self._ending.reason, best)
-        return collect(self._owners, progress, self._journal.text())
-
-    def _save_if_due(self) -> None:
-        """Writes the checkpoint of a tick; a run writes that of its last tick at its end."""
-        is_last = self._last_tick is not None and (
-            self.tick >= self._last_tick or self._ending.is_near
-        )
-        if self._output is not None and not is_last:
-            self._save(self._output, is_due=self._output.is_due(self.tick))
-
-    def _save(self, output: Output, *, is_due: bool = True) -> None:
-        """Writes the checkpoints that are due, those that are there already left out."""
-        written: list[Path | None] = []
-        if self._best is not None and self._best.tick == self.tick and self._best.path is None:
-            written.append(output.save_best(self.tick, self._contents))
-            self._best = replace(self._best, path=written[0])
-        self._journal.update(self.tick)
-        stands = self._stands
-        if is_due and stands != self._saved_at:
-            self._record(at_once=True)
-            written.append(output.save(self.tick, self._contents))
-            self._saved_at = None if written[-1] is None else stands
-        for path in written:
-            self._announce(path)
-
-    @property
-    def _stands(self) -> tuple[int, int]:
-        """The tick and the records, by which a checkpoint is known to be there already."""
-        return self.tick, len(self._journal)
-
-    def _announce(self, path: Path | None) -> None:
-        if path is not None and self._parts.hooks.wants("checkpoint"):
-            self._fire_run("checkpoint", path=path)
-            self._agree_on_end()
+            self._keeper.load(Path(path).absolute())
+            self._stepping.begin_anew()
 
     def _take_over(self) -> None:
         """Makes the program's tick, seed, precision and optimizers those of this run."""
-        self.built.tick, self.built.run_seed = self.tick + 1, self._run_seed
+        self.built.tick, self.built.run_seed = self.tick + 1, self._standing.run_seed
         set_precision(self.built.levels.values(), self._options.precision)
         for trainer in self._trainers.values():
             level = trainer.level
@@ -526,7 +444,7 @@ class Runner:
             level.rule_state = trainer.rule_state
 
     def _tell(self, tick: Tick) -> None:
-        self._record(at_once=self._last_tick is None)
+        self._keeper.record(at_once=self._last_tick is None)
         for listener in self.listeners:
             listener.on_tick(tick)
 
@@ -546,7 +464,7 @@ class Runner:
             validation.last_tick = self.tick
             if validation.judge(metrics):
                 name = validation.declaration.monitor or ""
-                self._best = Best(self.tick, name, metrics[name], metrics)
+                self._standing.best = Best(self.tick, name, metrics[name], metrics)
             if validation.is_exhausted:
                 self._ending.reason = validation.why_exhausted
             self._parts.hooks.fire("validate", ctx=ctx, metrics=metrics)
