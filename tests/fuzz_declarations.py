@@ -40,7 +40,12 @@ from mlodeco.errors import CheckpointError
 from mlodeco.hypergrad import CG, NAMES, read_method
 from mlodeco.runtime.checkpoint import folder
 from tests import fuzz_parts as parts
-from tests.fuzz_parts import BATCH, loss_of
+from tests.fuzz_parts import BATCH, define, loss_of
+
+PACKAGE = str(Path(mlodeco.__file__).parent)
+MINE = (__file__, parts.__file__)
+PASSING_ON = ("return func(*args, **kwargs)", "return self.intercept(func, args, kwargs or {})")
+"""Where the package stands between a person's function and torch's that it calls."""
 
 SECONDS = 30
 """What a program may take."""
@@ -452,7 +457,8 @@ def change_other(plan: Plan, r: Random) -> None:
         case "name":
             given = (odd_name(r), *given[1:])
         case _:
-            names = [*options, "every", "refresh", "level", "data", "monitor", "mode", "patience"]
+            names = [*options, "every", "refresh", "data", "monitor", "mode", "patience"]
+            names += ["level"] if kind != "update" else []
             options = {**options, r.choice([*names, "evry"]): r.choice([junk(r), odd_data(r), 2])}
     plan.others[index] = kind, given, options, value
 
@@ -517,9 +523,7 @@ def make_function(level: Level) -> Any:
         text = ", ".join(["model", *level.arguments])
     names = [part.strip().split("=")[0] for part in text.split(",")]
     values = ", ".join(name for name in names if name not in ("", "*", "/") and "**" not in name)
-    made: dict[str, Any] = {}
-    exec(f"def made({text}): return loss_of({values})", {"loss_of": loss_of}, made)
-    return level.wrap(made["made"])
+    return level.wrap(define(text, f"loss_of({values})", loss_of=loss_of))
 
 
 class Attempt:
@@ -541,7 +545,7 @@ class Attempt:
             self.found[f"{what}: {type(error).__name__}"] += 1
             return None
         except Exception as error:
-            if any("raised by" in n or "raised in" in n for n in getattr(error, "__notes__", ())):
+            if is_own(error):
                 self.found[f"{what}: a person's own"] += 1
             else:
                 self.foreign(what, error)
@@ -626,6 +630,14 @@ class Attempt:
             other = self.tried("runner", lambda: Runner(self.declare(plan)))
             self.tried("load", lambda: other.load(path))
             self.tried("step", other.step)
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether code that the package called raised it, and a note says so."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line not in PASSING_ON]
+    last = max((n for n, f in enumerate(frames) if f.filename.startswith(PACKAGE)), default=-1)
+    is_noted = any("raised by" in n or "raised in" in n for n in getattr(error, "__notes__", ()))
+    return is_noted and any(f.filename in MINE for f in frames[last + 1 :])
 
 
 def declare_level(program: Program, level: Level) -> None:

@@ -266,24 +266,27 @@ def heavy(params: Any, grads: Any, state: Any) -> Any:
     }
 
 
+def define(arguments: str, result: str, **known: Any) -> Any:
+    """A function of these arguments, as one that is written here."""
+    text = f"def made({arguments}): return {result}"
+    made: dict[str, Any] = {}
+    exec(compile(text, __file__, "exec"), known, made)
+    return made["made"]
+
+
 def learned_by(name: str) -> Any:
     """A rule whose rate is the level above."""
-    made: dict[str, Any] = {}
-    text = f"def rule(params, grads, {name}): return step(params, grads, {name})"
 
     def step(params: Any, grads: Any, upper: Any) -> Any:
         rate = total(upper).sigmoid() / 10
         return {k: p - (rate * grads[k]).to(p.dtype) for k, p in params.items()}, {}
 
-    exec(text, {"step": step}, made)
-    return made["rule"]
+    return define(f"params, grads, {name}", f"step(params, grads, {name})", step=step)
 
 
 def rate_of(name: str) -> Any:
     """A learning rate computed from the level above."""
-    made: dict[str, Any] = {}
-    exec(f"def rate({name}): return total({name}).sigmoid() / 10", {"total": total}, made)
-    return made["rate"]
+    return define(name, f"total({name}).sigmoid() / 10", total=total)
 
 
 RULES: dict[str, Callable[[str], Any]] = {

@@ -68,6 +68,18 @@ def test_a_tracked_object_is_named(tmp_path):
     assert any("raised by state_dict() of the tracked 'mine'" in n for n in caught.value.__notes__)
 
 
+@pytest.mark.parametrize("option", ["lower", "params"])
+def test_a_list_of_a_declaration_is_named(option):
+    with pytest.raises(MineError) as caught:
+        Program().level("mine", module={"x": torch.ones(2)}, **{option: failing_items()})(abs)
+    assert any(f"raised by {option}= of level 'mine'" in n for n in caught.value.__notes__)
+
+
+def test_more_replicas_than_a_tensor_holds_are_refused():
+    with pytest.raises(DeclarationError, match="an integer from 1 to"):
+        Program().level("mine", module={"x": torch.ones(2)}, replicas=10**30)(abs)
+
+
 @pytest.mark.parametrize("decorator", ["method", "update"])
 def test_an_unknown_option_is_refused(decorator):
     with pytest.raises(DeclarationError, match="evry"):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.binding import Role
 from mlodeco.declare.records import LevelDeclaration
-from mlodeco.errors import DataError, did_you_mean, quoted
+from mlodeco.errors import DataError, did_you_mean, quoted, noted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
@@ -23,7 +23,7 @@ from mlodeco.runtime.generators import (
     restore_generators,
     warn_of_others,
 )
-from mlodeco.runtime.notes import misfit, noted
+from mlodeco.runtime.notes import misfit
 from mlodeco.runtime.position import Pass, keeps_its_state, loader_of
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from mlodeco.declare.records import LevelDeclaration
-from mlodeco.errors import GraphError, ModuleError, did_you_mean, quoted
-from mlodeco.runtime.notes import misfit, noted
+from mlodeco.errors import GraphError, ModuleError, did_you_mean, quoted, noted
+from mlodeco.runtime.notes import misfit
 
 
 def materialize(

@@ -1,25 +1,10 @@
-"""Calling a user's factory: whether it can be, and which option an exception came from."""
+"""Whether a user's factory can be called."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-
-from mlodeco.errors import MlodecoError
-
-
-@contextmanager
-def noted(option: str, where: object) -> Iterator[None]:
-    """Adds to an exception from a user's function which option of which level gave it."""
-    try:
-        yield
-    except MlodecoError:
-        raise
-    except Exception as error:
-        error.add_note(f"raised by {option} of {where}")
-        raise
 
 
 def misfit(factory: Callable[..., Any], *given: object, **named: object) -> str:

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.update import Update
-from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
+from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted, noted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.fsdp import shard_of, whole_tree
-from mlodeco.runtime.notes import misfit, noted
+from mlodeco.runtime.notes import misfit
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
 _TUNABLE_OF_SGD = ("lr", "momentum", "weight_decay")

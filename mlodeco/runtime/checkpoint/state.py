@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mlodeco.calculus.randomness import SavedRandomness, make_seed, seed_streams
 from mlodeco.calculus.response import Status
-from mlodeco.errors import CheckpointWarning, quoted
+from mlodeco.errors import CheckpointWarning, quoted, noted
 from mlodeco.graph import Schedule
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.checkpoint.encoding import distinct, encode
@@ -26,7 +26,6 @@ from mlodeco.runtime.generators import (
     warn_of_others,
 )
 from mlodeco.runtime.hooks import Hooks
-from mlodeco.runtime.notes import noted
 from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.recorder import Recorder
 from mlodeco.runtime.sources import Sources
