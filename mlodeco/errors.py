@@ -8,8 +8,7 @@ parse the text.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -214,15 +213,3 @@ class CheckpointWarning(MlodecoWarning):
 
 class RedeclarationWarning(MlodecoWarning):
     """A declaration replaced one of another function, or came too late for a Runner."""
-
-
-@contextmanager
-def noted(option: str, where: object) -> Iterator[None]:
-    """Adds to an exception from a user's function which option of which level gave it."""
-    try:
-        yield
-    except MlodecoError:
-        raise
-    except Exception as error:
-        error.add_note(f"raised by {option} of {where}")
-        raise

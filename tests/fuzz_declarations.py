@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
@@ -259,6 +259,19 @@ class OddRepr:
         return "odd " * 1000
 
 
+def owned(kind: Any) -> Any:
+    """The class of optimizers as one that is written here, which may fail."""
+
+    class Own(kind):  # type: ignore[misc]
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, **options)
+
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    return Own
+
+
 async def coroutine(model: Any) -> Any:
     return model
 
@@ -279,27 +292,37 @@ def junk(r: Random) -> Any:
 def odd_name(r: Random) -> Any:
     if r.random() < 0.3:
         return "".join(chr(r.randrange(0x110000)) for _ in range(r.randrange(4)))
-    return r.choice((
-        "low", "top", "mid", "task", "x", "batch", "ctx", "", " ", "class", "None", "__init__",
-        "a.b",
-        "é", "日本", "a" * 5000, "1a", "\n", "\x00", "a/b", "..", "CON", "self", "params", "💥",
-        "\ud800", None, 1, True, b"low", ("low",), [], {}, len, float("nan"), "_", "__dict__",
-        "grads", "loww",
-    ))  # fmt: skip
+    words = "low top mid task x batch ctx class None __init__ a.b é 日本 1a a/b .. self params 💥"
+    more = (
+        "",
+        " ",
+        "\n",
+        "\x00",
+        "\ud800",
+        "a" * 5000,
+        None,
+        1,
+        b"low",
+        ("low",),
+        [],
+        len,
+        "grads",
+    )
+    return r.choice([*words.split(), *more, "loww", float("nan")])
 
 
 def odd_modules(r: Random) -> Any:
     integers = nn.Module()
     integers.n = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    kinds = [torch.half, torch.cfloat, torch.int64]
+    tensors = [torch.eye(2).to_sparse(), torch.ones(2, dtype=r.choice(kinds)), torch.empty(0)]
+    tensors += [torch.ones(1, device="meta"), torch.tensor(float("nan")), junk(r)]
     key = r.choice(["", "a.b", "keys", "x", 1, None, "é", "class", ("a",)])
     return r.choice([
-        {key: torch.ones(1)}, {"x": junk(r)}, nn.ReLU(), integers, nn.Linear(2, 1, device="meta"),
-        nn.Linear(1, 1).requires_grad_(False), nn.LazyLinear(2), {"x": torch.eye(2).to_sparse()},
-        {"x": torch.ones(2, dtype=torch.cfloat)}, {"x": torch.empty(0)},
-        {"x": torch.ones(2).half()},
-        {"x": torch.ones(1, device="meta")}, {"x": torch.tensor(float("nan"))}, fail, "low", "top",
-        lambda a: nn.Linear(2, 1), lambda: fail(), nn.Embedding(3, 2, sparse=True), lambda: "low",
-        nn.Parameter(torch.ones(2)), nn.Linear(2, 1).state_dict(), nn.ModuleList(), {},
+        {key: torch.ones(1)}, nn.ReLU(), integers, nn.Linear(2, 1, device="meta"), nn.LazyLinear(2),
+        nn.Linear(1, 1).requires_grad_(False), {"x": r.choice(tensors)}, {"x": r.choice(tensors)},
+        fail, "low", "top", lambda a: nn.Linear(2, 1), lambda: fail(), lambda: "low", {},
+        nn.Parameter(torch.ones(2)), nn.ModuleList(), nn.Embedding(3, 2, sparse=True),
     ])  # fmt: skip
 
 
@@ -310,19 +333,18 @@ def odd_data(r: Random) -> Any:
         lambda: [BATCH], lambda: iter([BATCH]), lambda: junk(r), {"a b": [BATCH]}, [junk(r)],
         [BATCH, junk(r)], [BATCH, BATCH * float("nan")], [BATCH, BATCH[:0]], lambda x: [BATCH],
         {"a": failing_items}, OddState({"at": "x"}), [BATCH, BATCH.to_sparse()], OddState(junk(r)),
-        [parts.loader, {"x": 1}], DataLoader([1, None]), [BATCH.numpy()], {"class": [BATCH]},
+        [parts.loader, {"x": 1}], DataLoader([1, 2], collate_fn=fail), [BATCH.numpy()],
     ])  # fmt: skip
 
 
 def odd_optimizers(r: Random) -> Any:
     mine = [nn.Parameter(torch.ones(1))]
     given = junk(r)
+    kinds = [optim.LBFGS, optim.Rprop, optim.SparseAdam, optim.Adafactor, SGD]
+    rates = [float("nan"), -1.0, 0.0, torch.tensor(0.1), 1e300, given]
     return r.choice([
-        SGD, None, fail, lambda params: given, SGD(mine, lr=0.1), lambda params: SGD(mine, lr=0.1),
-        lambda a, b: None, torch.optim.LBFGS, torch.optim.Rprop, torch.optim.SparseAdam,
-        torch.optim.Adafactor, partial(SGD, lr=float("nan")), partial(SGD, lr=-1.0),
-        partial(SGD, lr=0.0),
-        partial(SGD, lr=torch.tensor(0.1)), partial(SGD, lr=1e300), partial(SGD, lr=given),
+        None, fail, lambda params: given, SGD(mine, lr=0.1), lambda params: SGD(mine, lr=0.1),
+        lambda a, b: None, owned(r.choice(kinds)), *(partial(owned(SGD), lr=n) for n in rates),
     ])  # fmt: skip
 
 
@@ -345,18 +367,16 @@ ODD: dict[str, Callable[[Random], Any]] = {
     "data": odd_data,
     "optimizer": odd_optimizers,
     "hypergrad": odd_methods,
-    "scheduler": lambda r: r.choice([fail, lambda optimizer: junk(r), lambda: None, SGD]),
+    "scheduler": lambda r: r.choice([fail, lambda optimizer: junk(r), lambda: None, owned(SGD)]),
     "lower": odd_lists,
     "reads": odd_lists,
     "params": lambda r: r.choice([
-        lambda n: True, lambda n: False, ["weight"], ["nope"], fail, lambda n: junk(r), [junk(r)],
-        nn.Linear(1, 1).parameters(),
+        lambda n: False, ["weight"], ["nope"], fail, lambda n: junk(r), [junk(r)], failing_items(),
     ]),
     "fields": lambda r: r.choice([("x", "y", "z"), ("x",), ("batch",), ("a b",), "xy", ["low"]]),
     "tune": lambda r: r.choice([
         {"lr": lambda low: 0.1}, {"lr": fail}, {"lr": lambda top: junk(r)}, {"nope": len},
-        {1: fail},
-        {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()}, {"lr": lambda top: fail()},
+        {1: fail}, {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()},
     ]),
     "replicas": lambda r: r.choice([1, 3, 0, -(10**6), 10**30]),
     "init_from": lambda r: r.choice(["top", "low", "nobody", "", "mid"]),
@@ -375,13 +395,9 @@ def a_level(plan: Plan, r: Random) -> Level:
 
 
 def change_option(plan: Plan, r: Random) -> None:
-    option = r.choice((*LEVEL_OPTIONS, "lr", "modul"))
-    a_level(plan, r).options[option] = oddly(option, r)
-
-
-def change_part(plan: Plan, r: Random) -> None:
     options = a_level(plan, r).options
-    options[option] = oddly(option := r.choice(list(options)), r)
+    option = r.choice([*options, *options, *LEVEL_OPTIONS, "lr"])
+    options[option] = oddly(option, r)
 
 
 def drop_option(plan: Plan, r: Random) -> None:
@@ -402,9 +418,9 @@ def change_signature(plan: Plan, r: Random) -> None:
     level.signature = r.choice([
         "", "*args", "**kwargs", "model, *args, **kwargs", f"*, model, {names}",
         f"model, /, {names}",
-        f"model, {more}{other}=None", "batch", "ctx", f"model, {names}, *args", "self, m",
+        f"model, {more}{other}=None", "batch", "ctx", f"model, {more}*args", "self, m",
         "low, top",
-        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{names}, model", f"model, {other}",
+        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{more}model", f"model, {other}",
         f"model, {more}*, {other}", f"model, {more}{other}",
     ])  # fmt: skip
 
@@ -423,23 +439,13 @@ def change_function(plan: Plan, r: Random) -> None:
 def change_loss(plan: Plan, r: Random) -> None:
     odd = junk(r)
     changes = [
-        lambda loss: odd,
-        lambda loss: (loss, odd),
-        lambda loss: {"loss": loss, "other": odd},
-        lambda loss: (loss, {"own": odd}),
-        lambda loss: {"loss": odd},
-        lambda loss: (loss,),
-        lambda loss: loss * float(r.choice(["nan", "inf", "1e300"])),
-        lambda loss: loss.expand(2),
-        lambda loss: loss.detach(),
-        lambda loss: loss.to(torch.cfloat),
-        lambda loss: loss.to(torch.int64),
-        lambda loss: loss.float(),
-        lambda loss: loss.half(),
-        lambda loss: loss.backward(),
-        lambda loss: loss if r.random() < 0.8 else fail(),
-        lambda loss: loss.numpy(),
-    ]
+        lambda loss: odd, lambda loss: (loss, odd), lambda loss: {"loss": loss, "other": odd},
+        lambda loss: (loss, {"own": odd}), lambda loss: {"loss": odd}, lambda loss: (loss,),
+        lambda loss: loss * float(r.choice(["nan", "inf", "1e300"])), lambda loss: loss.expand(2),
+        lambda loss: loss.detach(), lambda loss: loss.to(r.choice([torch.cfloat, torch.int64])),
+        lambda loss: loss.float(), lambda loss: loss.half(), lambda loss: loss.backward(),
+        lambda loss: loss if r.random() < 0.8 else fail(), lambda loss: loss.numpy(),
+    ]  # fmt: skip
     change = r.choice(changes)
     a_level(plan, r).wrap = lambda function: rewrapped(function, change)
 
@@ -467,30 +473,18 @@ def odd_value(kind: str, r: Random) -> Any:
     given = junk(r)
     values = {
         "source": [
-            odd_data(r),
-            lambda low: iter([low]),
-            lambda: iter([BATCH, given]),
-            OddState(given),
+            odd_data(r), lambda low: iter([low]), lambda: iter([BATCH, given]), OddState(given),
         ],
-        "on": [
-            lambda grads: None,
-            lambda nobody: None,
-            lambda ctx: ctx.stop(given),
-            lambda **some: 1,
-        ],
+        "on": [lambda grads: None, lambda nobody: None, lambda ctx: ctx.stop(given)],
         "validate": [lambda low: given, lambda: {"own": given}, lambda: {"own": float("nan")}],
         "update": [
-            lambda params: given,
-            lambda params, grads: (params, {}),
-            lambda params: ({}, {}),
-            lambda params, state: (params, given),
-            lambda params, state: (params, {"s": given}),
-            lambda grads: (grads, {"at": "x", 1: torch.ones(2)}),
-            lambda params, **some: params,
+            lambda params: given, lambda params, grads: (params, {}), lambda params: ({}, {}),
+            lambda params, state: (params, given), lambda params, state: (params, {"s": given}),
+            lambda grads: (grads, {"at": "x", 1: torch.ones(2)}), lambda params, **some: params,
         ],
         "track": [OddState(given), OddState({"at": given}), OddState({}), Failing(), parts.Cursor],
         "method": [lambda matvec, b: given, lambda matvec, b: {}, CG, CG(), lambda b: b],
-    }
+    }  # fmt: skip
     return r.choice([*values[kind], given, fail])
 
 
@@ -507,9 +501,8 @@ def change_run(plan: Plan, r: Random) -> None:
 
 
 ODDITIES = (
-    *(change_option, change_option, change_part, change_part, drop_option, change_name),
-    *(change_signature, change_function, change_loss, change_loss, change_other, change_other),
-    *(add_other, change_run),
+    *(change_option, change_option, change_option, drop_option, change_name, change_signature),
+    *(change_function, change_loss, change_loss, change_other, change_other, add_other, change_run),
 )
 
 

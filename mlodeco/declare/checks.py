@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
+from mlodeco.declare.calls import noted
 from mlodeco.declare.records import RESERVED
 from mlodeco.declare.site import Site, underlying
-from mlodeco.errors import DeclarationError, MlodecoWarning, did_you_mean, noted, quoted
+from mlodeco.errors import DeclarationError, MlodecoWarning, did_you_mean, quoted
 
 
 class Checker:

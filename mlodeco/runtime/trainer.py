@@ -23,7 +23,8 @@ from mlodeco.calculus.slots import Slot, State
 from mlodeco.calculus.stateless import frozen, require_finite
 from mlodeco.calculus.sweep import Hypergradient, Memories, Solve
 from mlodeco.calculus.update import Iterate, Update
-from mlodeco.errors import NonFiniteError, noted
+from mlodeco.declare.calls import noted
+from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.data import Feed, Placer, Share, items_for

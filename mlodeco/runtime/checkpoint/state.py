@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mlodeco.calculus.randomness import SavedRandomness, make_seed, seed_streams
 from mlodeco.calculus.response import Status
-from mlodeco.errors import CheckpointWarning, quoted, noted
+from mlodeco.declare.calls import noted
+from mlodeco.errors import CheckpointWarning, quoted
 from mlodeco.graph import Schedule
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.checkpoint.encoding import distinct, encode
