@@ -2,8 +2,8 @@
 
 Each begins as one that is in order, made of fuzz_parts; then up to three things about it are
 changed. It is declared, drawn, differentiated, run, saved and resumed.
-``python -m tests.fuzz_declarations 10000`` prints how these ended, and which parts were in runs
-that were accepted.
+``python -m tests.fuzz_declarations 10000`` prints how these ended, and a few seeds whose runs
+together take every part, which are those of the tests.
 """
 
 from __future__ import annotations
@@ -718,24 +718,48 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         folder._sync = before
 
 
+DEEP = {
+    *(f"hypergrad {part}" for part in parts.OPTIONS["hypergrad"]),
+    *(
+        f"{use}{kind} {part}"
+        for use in ("", "resumed with ")
+        for kind, table in (
+            *(("scheduler", parts.OPTIONS["scheduler"]), ("update", parts.RULES)),
+            *(("source", parts.SOURCES), ("track", {"cursor": None})),
+        )
+        for part in table
+    ),
+}
+"""The parts that runs must be seen to take, and to go on with."""
+
+
+def cover(used: dict[int, set[str]]) -> list[int]:
+    """A few of the seeds, whose programs use all of DEEP that any uses."""
+    left, chosen = DEEP & set().union(*used.values()), []
+    while left:
+        chosen.append(max(used, key=lambda seed: len(used[seed] & left)))
+        left -= used[chosen[-1]]
+    return sorted(chosen)
+
+
 def main(count: int, first: int = 0) -> None:
     found: Counter[str] = Counter()
-    used: Counter[str] = Counter()
+    used: dict[int, set[str]] = {}
     begun = monotonic()
     for seed in range(first, first + count):
         tried = attempt(seed)
+        found.update(tried.found)
+        used[seed] = tried.used
         for key in tried.found:
             if key.startswith("foreign"):
                 print(seed, key, flush=True)
-        found.update(tried.found)
-        used.update(tried.used)
-    for title, counts in (("uses", found), ("parts of accepted runs", used)):
-        print(f"\n{title}:")
-        for key, number in sorted(counts.items()):
-            if not key.startswith("foreign"):
-                print(f"{number:7} {key}")
+    for key, number in sorted(found.items()):
+        if not key.startswith("foreign"):
+            print(f"{number:7} {key}")
+    print(f"\nnever in an accepted run: {sorted(DEEP - set().union(*used.values()))}")
+    print(f"seeds that reach the others: {cover(used)}")
     foreign = sum(number for key, number in found.items() if key.startswith("foreign"))
-    print(f"\n{count} programs, {foreign} foreign, {monotonic() - begun:.0f} s")
+    print(f"{count} programs, {foreign} foreign, {monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":
