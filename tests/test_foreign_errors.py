@@ -9,7 +9,7 @@ from torch.optim import SGD
 import mlodeco
 from mlodeco import Program
 from mlodeco.calculus.clipping import clip_differentiably
-from mlodeco.errors import DeclarationError, MlodecoError
+from mlodeco.errors import DeclarationError, MlodecoError, ModuleError
 
 
 class MineError(ValueError):
@@ -84,6 +84,13 @@ def test_a_builtin_that_does_not_fit_is_refused(options):
     program.level("mine", **given)(lambda m, batch=None: (m.x**2).sum())
     with pytest.raises(MlodecoError):
         mlodeco.run(1, program=program, progress="off")
+
+
+def test_sparse_parameters_are_refused():
+    program = Program()
+    program.level("mine", module={"x": torch.eye(2).to_sparse()})(lambda m: m.x.to_dense().sum())
+    with pytest.raises(ModuleError, match="'x' are sparse"):
+        program.graph()
 
 
 def test_more_replicas_than_a_tensor_holds_are_refused():

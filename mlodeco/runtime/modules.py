@@ -168,6 +168,13 @@ def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[
             f"the parameters {quoted(complex_ones)} are complex.",
             "store real and imaginary parts: torch.view_as_real(p), and view_as_complex in use.",
         )
+    sparse = [name for name, p in chosen.items() if p.layout is not torch.strided]
+    if sparse:
+        raise _error(
+            declaration,
+            f"the parameters {quoted(sparse)} are sparse.",
+            "give dense ones: p.to_dense(); a mask times a dense one keeps entries at zero.",
+        )
     stiff = [name for name, p in chosen.items() if not p.requires_grad]
     if stiff:
         raise _error(
