@@ -144,7 +144,8 @@ def trained(out, **options):
 
 def bits(state):
     """The bytes of every tensor."""
-    return {key: t.contiguous().reshape(-1).view(torch.uint8).tolist() for key, t in state.items()}
+    plain = {key: t.to_dense().contiguous().reshape(-1) for key, t in state.items()}
+    return {key: t.view(torch.uint8).tolist() for key, t in plain.items()}
 
 
 def in_child(action):

@@ -93,6 +93,26 @@ def train(one, steps=4, precision="fp16", **options):
     }
 
 
+def told_of_one():
+    """What a run warns of whose function is bad in the second process alone, and in half."""
+    found = {}
+    for precision, value in (("no", None), ("fp16", math.inf)):
+        one = Program()
+        data = loader(1, 2, 2 if value else None, value)
+
+        @one.level("low", module=network, optimizer=partial(SGD, lr=0.01), data=data)
+        def low(model, batch, ctx, value=value):
+            is_bad = value is None and ctx.tick == 3 and os.environ["RANK"] == "1"
+            x, _ = batch
+            return (model(x).float() ** 2).mean() * (math.nan if is_bad else 1.0)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            left = train(one, precision=precision, nonfinite="skip")
+        found[precision] = [str(w.message) for w in caught], left["skipped"]
+    return found
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore", mlodeco.MlodecoWarning)
     torch.set_num_threads(1)
@@ -115,4 +135,5 @@ if __name__ == "__main__":
             )
             for method, at, reduce in NOT_FINITE
         }
+    found["told"] = told_of_one()
     torch.save(found, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import warnings
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,9 @@ FUZZED = int(os.environ.get("MLODECO_FUZZED", "150"))
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::mlodeco.errors.SolverWarning", "ignore:'set_vital':UserWarning"
+    "ignore::mlodeco.errors.SolverWarning",
+    "ignore:'set_vital':UserWarning",
+    "ignore:Sparse CSR:UserWarning",
 )
 
 
@@ -363,6 +366,63 @@ class Memory(nn.Module):
         return (self.second(self.first(x)) + self.fading + self.frozen + 1e-3 * self.calls)[:, :1]
 
 
+class Changing(nn.Module):
+    """Buffers that come and go while it runs, of layouts and dtypes that files lack."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1, dtype=torch.float64)
+        self.register_buffer("shift", torch.ones(3, dtype=torch.float64))
+        self.register_buffer("late", None)
+        self.register_buffer("wide", torch.full((3,), 1j, dtype=torch.complex128))
+        self.register_buffer("sparse", torch.eye(3, dtype=torch.float64).to_sparse())
+        own = torch.eye(3, dtype=torch.float64).to_sparse_csr()
+        self.register_buffer("rows", own, persistent=False)
+        self.frozen = nn.Parameter(torch.full((3,), 0.5j, dtype=torch.complex128), False)
+
+    def forward(self, x):
+        mean = x.detach().mean(0)
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros_like(mean))
+            self.register_buffer("own", torch.zeros_like(mean), persistent=False)
+        self.seen.mul_(0.5).add_(mean)
+        self.own.add_(mean.abs())
+        self.late = mean.clone()
+        x = x + self.seen + 0.1 * self.own + self.wide.abs() + self.frozen.imag
+        if self.shift is not None:
+            x = x + self.shift
+        self.shift = None
+        self.sparse = (self.sparse * 0.9).coalesce()
+        return self.linear((self.rows @ (self.sparse @ x.T)).T)
+
+
+def scripted():
+    return torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double())
+
+
+def changing(module=Changing):
+    """A level whose buffers change what they are; one step of it is one pass."""
+    program = Program()
+
+    @program.level("low", module=module, optimizer=partial(SGD, lr=0.01), data=loader(1))
+    def low(model, batch):
+        x, y = batch
+        return ((model(x)[:, 0] - y) ** 2).mean()
+
+    return program
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+def of_pairs():
+    return bilevel(
+        "unroll",
+        low_data=[Pair(*data(n, 8)) for n in range(3)],
+        low_options={"inner_steps": 4},
+    )
+
+
 def with_hook():
     """A hook that stops BatchNorm, and one that acts at each third step."""
     program = bilevel()
@@ -413,6 +473,9 @@ PROGRAMS = {
     "hook": with_hook,
     "tasks": partial(tasks, 1),
     "module": partial(bilevel, module=Memory),
+    "changing": changing,
+    "scripted": partial(changing, scripted),
+    "pairs": of_pairs,
     "unroll": partial(bilevel, "unroll", low_options={"inner_steps": 4}),
     "kept graphs": partial(bilevel, Unroll(keep_graph=True), low_options={"inner_steps": 4}),
     "sparse tape": partial(bilevel, Unroll(checkpoint_every=2), low_options={"inner_steps": 5}),
@@ -579,7 +642,7 @@ def test_optimizers_go_on(name, tmp_path):
 
 
 class Wide(torch.optim.Optimizer):
-    """Keeps float32 beside bfloat16 parameters."""
+    """Keeps float32 beside bfloat16 parameters, deep down too."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1})
@@ -588,9 +651,16 @@ class Wide(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                known = self.state[p].setdefault("sum", torch.zeros_like(p, dtype=torch.float32))
-                known.add_(p.grad.float(), alpha=1.0001)
-                p.sub_(0.01 * known.to(p.dtype))
+                zeros = torch.zeros_like(p, dtype=torch.float32)
+                state = self.state[p]
+                state.setdefault("kind", "sum")
+                parts = state["parts"] = state.get("parts") or {"x": [zeros.clone(), (zeros, 0)]}
+                known = state.setdefault("sum", zeros.clone())
+                for part in (known, parts["x"][0], parts["x"][1][0]):
+                    part.add_(p.grad.float(), alpha=1.0001)
+                assert (state["kind"], type(parts["x"][1])) == ("sum", tuple)
+                total = known + parts["x"][0] + parts["x"][1][0]
+                p.sub_(0.003 * total.to(p.dtype))
 
 
 def test_a_state_keeps_its_dtype(tmp_path):
@@ -665,6 +735,124 @@ def test_weights_are_plain_safetensors(tmp_path):
     for name, tensor in saved.items():
         assert torch.equal(tensor, low.state_dict()[name])
     assert load_file(tmp_path / "saved" / "levels" / "top.safetensors").keys() == {"x"}
+
+
+def test_weights_that_safetensors_lacks(tmp_path):
+    runner = Runner(changing(), seed=3)
+    runner.step()
+    runner.save(tmp_path / "saved")
+    low = runner.built.levels["low"].module
+    saved = load_file(tmp_path / "saved" / "levels" / "low.safetensors")
+    assert saved.keys() == low.state_dict().keys() - {"sparse"}
+    assert torch.equal(torch.view_as_complex(saved["wide"]), low.wide)
+
+
+def test_buffers_go_back_to_what_they_were(tmp_path):
+    program = changing()
+    runner = Runner(program, seed=3)
+    low = program.module("low")
+    runner.save(tmp_path / "before")
+    before = low.state_dict().keys()
+    runner.step()
+    runner.save(tmp_path / "behind")
+    behind = low.state_dict().keys()
+    runner.load(tmp_path / "before")
+    assert low.state_dict().keys() == before
+    assert low.shift.tolist() == [1.0, 1.0, 1.0]
+    assert not hasattr(low, "seen")
+    runner.load(tmp_path / "behind")
+    assert low.state_dict().keys() == behind
+    assert low.shift is None
+    Runner(program).load(tmp_path / "behind")  # of a module that has been used
+
+
+# Programs that differ.
+
+
+class Tracked:
+    """A state that a later class may not take."""
+
+    def __init__(self, names=("a",)):
+        self.known = dict.fromkeys(names, 1)
+
+    def state_dict(self):
+        return dict(self.known)
+
+    def load_state_dict(self, state):
+        self.known = {name: state[name] for name in self.known}
+
+
+def varied(*, buffer=True, source=False, validations=1, tracked=None):
+    program = Program()
+
+    def make():
+        module = nn.Linear(3, 1, dtype=torch.float64)
+        if buffer:
+            module.register_buffer("b", torch.zeros(3, dtype=torch.float64))
+        return module
+
+    @program.level("low", module=make, optimizer=partial(SGD, lr=0.01), data=loader(1))
+    def low(model, batch):
+        x, y = batch
+        return ((model(x)[:, 0] - y) ** 2).mean()
+
+    for name, value in (tracked or {}).items():
+        program.track(name, value)
+    if source:
+        program.source("task")([1.0, 2.0])
+    for number in range(validations):
+
+        @program.validate(every=1, monitor=None if number else "loss", mode="min")
+        def check(low):
+            return {"loss": low.weight.sum()}
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({}, {"buffer": False}, "buffer 'b' was there and is not there"),
+        ({"buffer": False}, {}, "buffer 'b' was not there and is there"),
+        ({}, {"source": True}, "the list of the program's sources was none and is 'task'"),
+        ({"source": True}, {}, "the list of the program's sources was 'task' and is none"),
+        (
+            {"tracked": {"mine": Tracked()}},
+            {"tracked": {"mine": Tracked(["b"])}},
+            "the tracked 'mine' does not take the state that it had: KeyError: 'b'",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::mlodeco.errors.GraphWarning")
+def test_what_differs_is_named(then, now, message, tmp_path):
+    runner = Runner(varied(**then), seed=3)
+    steps_of(runner, 2)
+    runner.save(tmp_path / "saved")
+    with pytest.raises(CheckpointError) as caught:
+        Runner(varied(**now)).load(tmp_path / "saved")
+    assert message in caught.value.found
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({"validations": 2}, {}, "with 2 validations, and there are 1: each begins anew"),
+        ({"validations": 0}, {}, "with 0 validations, and there are 1: each begins anew"),
+        ({}, {"tracked": {"mine": Tracked()}}, "the tracked 'mine' .* begin anew"),
+        ({"tracked": {"mine": Tracked()}}, {}, "holds a state of the tracked 'mine'"),
+    ],
+)
+def test_what_begins_anew_is_told(then, now, message, tmp_path):
+    runner = Runner(varied(**then), seed=3)
+    steps_of(runner, 2)
+    runner.save(tmp_path / "saved")
+    resumed = Runner(varied(**now))
+    with pytest.warns(CheckpointWarning, match=message) as caught:
+        resumed.load(tmp_path / "saved")
+    assert len(caught) == 1
+    assert resumed.step().tick == 3
+    assert [one.last_tick for one in resumed._validations] == [3] * len(resumed._validations)
 
 
 def test_files_wait_for_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
@@ -806,6 +994,34 @@ def test_a_state_that_cannot_be_saved_is_found_before_the_run(tmp_path):
         run(tmp_path, program, steps=3)
     assert "the tracked 'mine'['seen']['deep'][1] is a builtins.object" in caught.value.found
     assert "track" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found"),
+    [(torch.bits8, "tensor of torch.bits8"), (torch.uint4, "tensor of torch.uint4")],
+)
+def test_a_buffer_that_cannot_be_saved_is_found_before_the_run(dtype, found, tmp_path):
+    def make():
+        module = nn.Linear(3, 1, dtype=torch.float64)
+        odd = torch.zeros(3, dtype=torch.uint8).view(dtype)
+        module.register_buffer("odd", odd, persistent=False)
+        return module
+
+    program, steps = bilevel("identity", module=make), []
+    program.on("after_step")(lambda ctx: steps.append(ctx.tick))
+    with pytest.raises(CheckpointError, match=found) as caught:
+        run(tmp_path, program, steps=3)
+    assert "['buffers']['low']['odd']" in caught.value.found
+    assert steps == []
+
+
+def test_a_look_at_the_state_changes_nothing(tmp_path):
+    found = []
+    for options in ({}, {"out": tmp_path}):
+        runner = Runner(everything(), seed=3, **options)
+        steps_of(runner, 4)
+        found.append(left_by(runner))
+    assert found[0] == found[1]
 
 
 def test_sources_that_begin_anew_are_named_once(tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -66,6 +67,17 @@ def small(size=3, optimizer=None, lower=True):
 
 
 # Trees.
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+    def sum(self):
+        return self.x + self.y
+
+
+NT = collections.namedtuple("NT", "x y")
 
 
 def same(left, right):
@@ -124,6 +136,8 @@ VALUES = [
     np.array(3, dtype=np.uint64),
     np.array([1 + 2j]),
     np.array([True]),
+    Point(1, (2.5, None)),
+    [Point(1, 2), NT(torch.float16, b"")],
 ]
 
 TENSORS = [
@@ -151,6 +165,44 @@ def test_tensors_are_exact(tensor, tmp_path):
     assert found.stride() == tensor.stride()
     raw = [t.resolve_conj().contiguous().view(-1).view(torch.uint8) for t in (found, tensor)]
     assert torch.equal(*raw)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.Tensor.to_sparse,
+        lambda t: torch.cat([t.to_sparse(), t.to_sparse()]).t(),
+        torch.Tensor.to_sparse_csr,
+        torch.Tensor.to_sparse_csc,
+        partial(torch.Tensor.to_sparse_bsr, blocksize=(2, 2)),
+        partial(torch.Tensor.to_sparse_bsc, blocksize=(2, 2)),
+        lambda t: t.to(torch.complex128).to_sparse(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+def test_sparse_tensors_are_exact(make, tmp_path):
+    tensor = make(torch.diag(torch.arange(4.0)))
+    found, again = round_trip([tensor, tensor], tmp_path)
+    assert found is again
+    assert (found.layout, found.dtype, found.shape) == (tensor.layout, tensor.dtype, tensor.shape)
+    assert torch.equal(found.to_dense(), tensor.to_dense())
+    if found.layout == torch.sparse_coo:
+        assert found.is_coalesced() == tensor.is_coalesced()
+        assert torch.equal(found._values(), tensor._values())
+    else:
+        assert torch.equal(found.values(), tensor.values())
+
+
+def test_a_namedtuple_of_a_function_keeps_its_names(tmp_path):
+    local = collections.namedtuple("Local", "x y")
+    found = round_trip(local(1, 2), tmp_path)
+    assert type(found).__name__ == "Local"
+    assert (found, found.x, found.y) == ((1, 2), 1, 2)
+
+
+def test_a_file_of_memory_is_an_array(tmp_path):
+    mapped = np.memmap(tmp_path / "data", "f4", "w+", shape=(3,))
+    assert same(round_trip(mapped, tmp_path), np.zeros(3, "f4"))
 
 
 def test_one_tensor_in_two_places_is_one(tmp_path):
@@ -182,7 +234,16 @@ def test_trees_are_exact(tree):
         ({"a": [1, object()]}, "it['a'][1] is a builtins.object"),
         ([len], "it[0] is a builtins.builtin_function_or_method"),
         (np.array(["a"]), "it is a NumPy array of <U1"),
-        (torch.eye(2).to_sparse(), "it is a tensor of the layout torch.sparse_coo"),
+        (torch.eye(2).to_mkldnn(), "it is a tensor of the layout torch._mkldnn"),
+        (torch.empty(2, device="meta"), "it is a tensor on the meta device"),
+        (torch.zeros(2, dtype=torch.uint8).view(torch.bits8), "it is a tensor of torch.bits8"),
+        (np.ones(2, ">f4"), "it is a NumPy array of >f4"),
+        (np.array([1, "a"], dtype=object), "it is a NumPy array of object"),
+        (np.zeros(2, [("a", "f4")]), "it is a NumPy array of [('a', '<f4')]"),
+        (np.array(["2020-01-01"], "M8[D]"), "it is a NumPy array of datetime64[D]"),
+        (np.datetime64("2020-01-01"), "it is a NumPy array of datetime64[D]"),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), "it is a NumPy MaskedArray"),
+        (torch.ones(2).max(0), "it is a torch.return_types.max"),
     ],
 )
 def test_what_cannot_be_saved_is_named(value, found):
@@ -296,6 +357,12 @@ def other_program():
         return (m.x**2).sum()
 
     return program
+
+
+def test_a_path_without_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: there is no checkpoint") as caught:
+        Runner(small(), seed=7, resume=tmp_path / "nowhere")
+    assert "damaged" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):

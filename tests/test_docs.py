@@ -57,13 +57,6 @@ def test_every_page_is_listed():
     assert {f"docs/{name}" for name in names} <= readme
 
 
-def test_every_event_of_a_hook_is_listed():
-    text = (ROOT / "docs" / "concepts.md").read_text()
-    table = text[text.index("| event | when |") :].partition("\n\n")[0]
-    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert listed == list(EVENTS)
-
-
 def test_the_page_on_hooks_lists_what_is_offered():
     table = (ROOT / "docs" / "hooks.md").read_text().partition("| event | when |")[2]
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", table.partition("\n\n")[0], re.MULTILINE)

@@ -300,6 +300,86 @@ def test_each_term_is_named(low, top, level, words):
         assert run(program, 1, nonfinite="skip").skipped == {"top": 1}
 
 
+def warned(program, steps, **options):
+    """The first lines of the warnings of a run that skips."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(program, steps, nonfinite="skip", **options)
+    found = [str(w.message) for w in caught if w.category is NonFiniteWarning]
+    return [message.split("\n")[0].partition(": ")[2] for message in found]
+
+
+def test_terms_that_arise_in_functions_are_each_named():
+    def low(m, ctx):
+        bad = {3: NAN, 4: math.inf}.get(ctx.tick, 1.0)
+        root = (0 * m.x).sqrt().sum() if ctx.tick in (6, 7) else 0.0
+        return (m.x**2).sum() * bad + root
+
+    assert [m.split(" is ")[0] for m in warned(leaf(low), 8)] == [
+        "the loss",
+        "the norm of the gradient before clipping",
+    ]
+
+
+def test_levels_at_fault_are_each_named():
+    def top(m, low, ctx):
+        root = (0 * low.x).sqrt().sum() if ctx.tick in (5, 6) else 0.0
+        return (low.x**2).sum() * (NAN if ctx.tick == 3 else 1.0) + root
+
+    found = warned(two(low_of(lambda w, h: (w - h) ** 2), top, "cg"), 8)
+    assert [m.split(" is ")[0] for m in found] == [
+        "the loss",
+        "the cotangent that reaches the level",
+    ]
+
+
+def test_a_run_that_goes_on_counts_skips_on(tmp_path):
+    def make():
+        return leaf(lambda m, ctx: (m.x**2).sum() * (NAN if ctx.tick > 2 else 1.0))
+
+    runner = Runner(make(), nonfinite="skip")
+    with pytest.warns(NonFiniteWarning):
+        runner.run(60)
+    runner.save(tmp_path / "saved")
+    other = Runner(make(), nonfinite="skip")
+    other.load(tmp_path / "saved")
+    with pytest.raises(NonFiniteError, match=f"{LONGEST} steps in a row"):  # and no warning
+        other.run(200)
+    assert other.tick == LONGEST + 1
+    assert other.history.skipped == {"low": LONGEST - 1}
+
+
+def test_a_series_that_overflows_names_its_step():
+    method = Neumann(num_terms=200, step_size=1.0)
+    program = two(low_of(lambda w, h: 1e6 / 2 * w**2 + w * h), top_of(lambda h, w: w), method)
+    with pytest.raises(NonFiniteError, match="the solution of Neumann") as caught:
+        run(program, 1)
+    assert "the terms of the series grow" in caught.value.cause
+    assert "step_size" in caught.value.cause
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_bad_data_are_no_overflow_in_half(value):
+    def make():
+        program = Program()
+        data = [torch.ones(4, 3), torch.full((4, 3), value)]
+        low = program.level(
+            "low", module=partial(torch.nn.Linear, 3, 1), optimizer=sgd, data=data, precision="fp16"
+        )
+        low(lambda model, batch: 0.01 * (model(batch).float() ** 2).mean())
+        return program
+
+    with pytest.raises(NonFiniteError, match="batch of level 'low' has 12"):
+        run(make(), 4)
+    program = make()
+    with pytest.warns(NonFiniteWarning, match="batch of level 'low' has 12") as caught:
+        result = run(program, 4, nonfinite="skip")
+    assert len(caught) == 1
+    assert result.skipped == {"low": 2}
+    assert "skipped, since not finite: 2 steps of 'low'" in result.stop_reason
+    assert all(bool(p.isfinite().all()) for p in program.module("low").parameters())
+
+
 # solves that are finite and wrong
 
 

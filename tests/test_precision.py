@@ -788,6 +788,17 @@ def test_a_policy_is_that_of_all_processes(case, processes):
         assert not all(bool(t.isfinite().all()) for t in found["state"].values())
 
 
+@pytest.mark.parametrize(
+    ("precision", "cause"),
+    [("no", "arises in the functions. (In process 1.)"), ("fp16", "has 3 inf. (In process 1.)")],
+)
+def test_the_process_that_is_at_fault_is_named(precision, cause, processes):
+    (warned, skipped), (silent, others) = (found["told"][precision] for found in processes)
+    assert skipped == others == [("low", 3)]
+    assert [cause in message for message in warned] == [True]
+    assert silent == []
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp16", 0.001)])
 @pytest.mark.parametrize("method", precision_worker.METHODS)
 @pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")

@@ -11,8 +11,14 @@ from mlodeco.errors import NonFiniteError
 from mlodeco.tree import Tree, norm
 
 
-def require_finite_tree(tree: Tree, point: Point, what: str) -> None:
+def require_finite_tree(tree: Tree, point: Point, what: str, cause: str = "") -> None:
     """Refuses numbers that are not finite, in what was found for the level of ``point``.
+
+    Args:
+        tree: the numbers.
+        point: where they were found.
+        what: their name.
+        cause: where they come from, if what went in is finite.
 
     Raises:
         NonFiniteError: there are some.
@@ -27,4 +33,5 @@ def require_finite_tree(tree: Tree, point: Point, what: str) -> None:
         "by zero or the logarithm of zero; for a solver, use a smaller step or more damping.",
         level=point.loss.level,
         site=point.loss.site,
+        cause=cause,
     )

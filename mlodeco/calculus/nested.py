@@ -25,7 +25,7 @@ from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.mean import mean_of, shared, tied
 from mlodeco.calculus.point import Point
-from mlodeco.calculus.response import Solution, name_solution
+from mlodeco.calculus.response import Solution, cause_of, name_solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import gradient, live, require_finite
 from mlodeco.calculus.sweep import Hypergradient, Solve, are_same, solving_for
@@ -289,7 +289,8 @@ class _Inverse:
         require_finite_tree(b, self.point, "the cotangent that reaches the level")
         with solving_for(self.point):
             solution = self.solver.solve(self._product, widen(b))
-        require_finite_tree(solution.value, self.point, name_solution(self.solver, solution))
+        what, cause = name_solution(self.solver, solution), cause_of(solution)
+        require_finite_tree(solution.value, self.point, what, cause)
         self.report(solution)
         return match(solution.value, b)
 

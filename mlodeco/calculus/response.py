@@ -75,6 +75,12 @@ def name_solution(solver: object, solution: Solution) -> str:
     return f"the solution of {type(solver).__name__} after {after} ({solution.status.value})"
 
 
+def cause_of(solution: Solution) -> str:
+    """Why a solution may not be finite; empty where its solve does not know."""
+    status = solution.status
+    return f"{status.value}." if status.is_trouble else ""
+
+
 @dataclass(frozen=True)
 class Response:
     """The solution v of the linear system and the cross products ``(dg/dlambda)^T v``.

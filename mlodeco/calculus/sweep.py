@@ -20,7 +20,7 @@ from mlodeco.calculus.finite import require_finite_tree
 from mlodeco.calculus.kernels import second_derivatives
 from mlodeco.calculus.point import LowerProblem, Memory, Point
 from mlodeco.calculus.replicas import respond
-from mlodeco.calculus.response import Method, Solution, name_solution
+from mlodeco.calculus.response import Method, Solution, cause_of, name_solution
 from mlodeco.calculus.slots import State
 from mlodeco.calculus.stateless import live, require_finite
 from mlodeco.calculus.tape import Tape
@@ -110,22 +110,22 @@ def sweep(
             point = points[visit.level]
             seen = tuple(target for target in targets if target in point.loss.sees)
             problem = LowerProblem(point, visit.level, seen, memory, tape, targets)
-            parts.append((cotangent, point, "the cotangent that reaches the level"))
+            parts.append((cotangent, point, "the cotangent that reaches the level", ""))
             _require_finite(cotangent, parts)
             with solving_for(problem.point):
                 response = respond(method, problem, cotangent)
             what = name_solution(method, response.solution)
-            parts.append((response.solution.value, point, what))
+            parts.append((response.solution.value, point, what, cause_of(response.solution)))
             solves.append(Solve(visit.level, method, response.solution))
             kept[key] = response.memory
             for target, tree in response.cross.items():
                 what = f"the second derivative towards level {target!r}"
-                parts.append((tree, point, what))
+                parts.append((tree, point, what, ""))
                 if target == plan.top:
                     indirect = add(indirect, tree, -1.0)
                 else:
                     pending.add(target, methods[visit.level, target], tree, -1.0)
-    parts.append((first.direct, points[plan.top], "the direct gradient"))
+    parts.append((first.direct, points[plan.top], "the direct gradient", ""))
     gradient = add(first.direct, indirect)
     size = _require_finite(gradient, parts)
     if any(point.loss.is_half for point in points.values()):
@@ -224,8 +224,8 @@ def _shared(point: Point, value: float, found: dict[str, Tree]) -> tuple[float, 
     return float(means[0]["loss"]), dict(zip(found, means[1:], strict=True))
 
 
-_Part = tuple[Tree, Point, str]
-"""What a gradient was made from: a tree, the point of its level, and its name."""
+_Part = tuple[Tree, Point, str, str]
+"""What a gradient was made from: a tree, the point of its level, its name and the cause."""
 
 
 class _Cotangents:
@@ -278,6 +278,6 @@ def _require_finite(tree: Tree, parts: list[_Part]) -> float:
     """The norm of a tree; if it is not finite, the first of its parts that is not is refused."""
     size = norm(tree)
     if not math.isfinite(size):
-        for part, point, what in parts:
-            require_finite_tree(part, point, what)
+        for part, point, what, cause in parts:
+            require_finite_tree(part, point, what, cause)
     return size

@@ -41,15 +41,9 @@ def find_cause(built: Build, top: str, batches: tuple[Drawn, ...], error: NonFin
     Batches come first, since they spoil the rest; the level that the error names comes before the
     others.
     """
-    below = built.graph.below(top)
-    names = dict.fromkeys((error.level or top, top, *below, *built.levels[top].seen))
-    levels = [built.levels[name] for name in names if name in built.levels]
-    for level in levels:
-        drawn = batches if level.name == top else level.last_batches or ()
-        for where, tensor in _items(level, drawn):
-            if found := _count(tensor):
-                text = f"{where} of level {level.name!r} has {found}."
-                return Cause(f"{where} of {level.name!r}", text, "look into the data.")
+    levels = _levels(built, top, error)
+    if bad := find_in_batches(built, top, batches, error):
+        return bad
     for level in levels:
         for where, tensor in _tensors(level):
             if found := _count(tensor):
@@ -57,7 +51,27 @@ def find_cause(built: Build, top: str, batches: tuple[Drawn, ...], error: NonFin
                 text = f"{where} has {found} since an earlier step, or from the start."
                 remedy = "use a smaller learning rate or clip_norm=, or start from other numbers."
                 return Cause(where, text, remedy)
-    return _NOTHING_FOUND
+    return Cause("", error.cause) if error.cause else _NOTHING_FOUND
+
+
+def find_in_batches(
+    built: Build, top: str, batches: tuple[Drawn, ...], error: NonFiniteError
+) -> Cause | None:
+    """The same in the batches alone; None if all numbers in them are finite."""
+    for level in _levels(built, top, error):
+        drawn = batches if level.name == top else level.last_batches or ()
+        for where, tensor in _items(level, drawn):
+            if found := _count(tensor):
+                text = f"{where} of level {level.name!r} has {found}."
+                return Cause(f"{where} of {level.name!r}", text, "look into the data.")
+    return None
+
+
+def _levels(built: Build, top: str, error: NonFiniteError) -> list[BuiltLevel]:
+    """Those that took part, the one at fault first."""
+    below = built.graph.below(top)
+    names = dict.fromkeys((error.level or top, top, *below, *built.levels[top].seen))
+    return [built.levels[name] for name in names if name in built.levels]
 
 
 def _tensors(level: BuiltLevel) -> Iterator[tuple[str, Tensor]]:

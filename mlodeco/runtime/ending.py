@@ -50,7 +50,8 @@ class Ending:
         Args:
             steps: the ticks that were asked for.
             taken: how many steps each level has taken.
-            skipped: how many of them were skipped, since their numbers were not finite.
+            skipped: for the levels that have any, how many of them were skipped, since their
+                numbers were not finite.
         """
         if self.signum is not None:
             return f"{Signal(self.signum).name} was received"
@@ -66,5 +67,5 @@ def _tell_idle(taken: Mapping[str, int]) -> str:
 
 
 def _tell_lost(skipped: Mapping[str, int]) -> str:
-    told = [f"{counted(count, 'step')} of {name!r}" for name, count in skipped.items() if count]
+    told = [f"{counted(count, 'step')} of {name!r}" for name, count in skipped.items()]
     return f"; skipped, since not finite: {', '.join(told)}" if told else ""

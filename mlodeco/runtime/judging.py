@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.assembly import Parts
-from mlodeco.runtime.causes import Cause, find_cause
+from mlodeco.runtime.causes import Cause, find_cause, find_in_batches
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.nonfinite import agree
 from mlodeco.runtime.processes import Processes
@@ -48,10 +49,41 @@ class Judge:
         """Whether a step is skipped, with all as before it; the same in all processes."""
         trainer = self._trainers[name]
         if trainer.scale is not None:
-            return trainer.overflowed(found)
-        return self.judge(name, trainer.trouble(found), batches)
+            is_spoilt = self._judge_data(name, trainer.bad_loss(found), batches)
+            return trainer.overflowed(found) if is_spoilt is None else is_spoilt
+        is_own = not math.isfinite(found.own_loss)
+        return self.judge(name, trainer.trouble(found), batches, is_own=is_own)
 
-    def judge(self, name: str, error: NonFiniteError | None, batches: tuple[Drawn, ...]) -> bool:
+    def _judge_data(
+        self, name: str, error: NonFiniteError | None, batches: tuple[Drawn, ...]
+    ) -> bool | None:
+        """Whether a step is skipped whose loss bad numbers in its data have spoilt.
+
+        No scale mends that. None where there are none: so it may be an overflow.
+
+        Raises:
+            NonFiniteError: the run ends by it.
+        """
+        if error is None:
+            return None
+        is_bad = find_in_batches(self._built, name, batches, error) is not None
+        if self._processes.first_with(is_bad) is None:
+            return None
+        agreed = agree(self._processes, error, self._explain(error, name, batches))
+        trainer = self._trainers[name]
+        if agreed is None or not trainer.watch.judge(*agreed):
+            return False
+        trainer.undo_step()
+        return True
+
+    def judge(
+        self,
+        name: str,
+        error: NonFiniteError | None,
+        batches: tuple[Drawn, ...],
+        *,
+        is_own: bool = False,
+    ) -> bool:
         """Whether a step is skipped for what a process has found; if so all is as before it.
 
         Raises:
@@ -63,7 +95,7 @@ class Judge:
                 raise error
             return False
         cause = None if error is None else self._explain(error, name, batches)
-        agreed = agree(self._processes, error, cause)
+        agreed = agree(self._processes, error, cause, is_own=is_own)
         if agreed is None or not trainer.watch.judge(*agreed):
             return False
         trainer.undo_step()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from mlodeco.errors import NonFiniteError, NonFiniteWarning
@@ -15,6 +17,9 @@ POLICIES = ("raise", "skip", "warn")
 
 LONGEST = 100
 """After so many skipped steps of a level in a row nothing is learned any more."""
+
+_NUMBERS = re.compile(r"\b(nan|inf|\d[\d.e+-]*)\b")
+"""What differs between two errors of one term."""
 
 
 class Watch:
@@ -29,8 +34,15 @@ class Watch:
         self._level = level
         self._policy = policy
         self._in_a_row = 0
-        self._said: set[str] = set()
-        self.skipped = 0
+        self._said: list[tuple[str | None, str]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were skipped in a row, and what was warned of."""
+        return {"in_a_row": self._in_a_row, "said": self._said}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from that state."""
+        self._in_a_row, self._said = state["in_a_row"], list(state["said"])
 
     @property
     def is_strict(self) -> bool:
@@ -58,12 +70,12 @@ class Watch:
         """
         if self.is_strict:
             raise error
-        if where not in self._said:
-            self._said.add(where)
+        cause = error.level, where or _NUMBERS.sub("", error.found)
+        if cause not in self._said:
+            self._said.append(cause)
             warnings.warn(f"{error}\n  {self._said_of_more}", NonFiniteWarning, stacklevel=3)
         if not self.skips:
             return False
-        self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row == LONGEST:
             raise NonFiniteError(
@@ -84,21 +96,26 @@ class Watch:
 
 
 def agree(
-    processes: Processes, error: NonFiniteError | None, cause: Cause | None
+    processes: Processes,
+    error: NonFiniteError | None,
+    cause: Cause | None,
+    *,
+    is_own: bool = False,
 ) -> tuple[NonFiniteError, str] | None:
     """What all processes take for a step's error, and where it comes from; None for no error.
 
-    That of a process which has found where it comes from, if there is one.
+    That of a process which has found where it comes from, if there is one; else of one whose own
+    loss it is.
     """
     if processes.first_with(error is not None) is None:
         return None
     own: dict[str, Any] | None = None
     if error is not None and cause is not None:
-        own = {**error.parts(), "where": cause.where}
+        own = {**error.parts(), "where": cause.where, "is_own": is_own}
     found = processes.exchange(own)
     known = [(rank, one) for rank, one in enumerate(found) if one is not None]
-    rank, chosen = next(((rank, one) for rank, one in known if one["where"]), known[0])
-    parts = {key: value for key, value in chosen.items() if key != "where"}
-    if processes.count > 1 and chosen["where"]:
-        parts["cause"] += f" (In process {rank}.)"
-    return NonFiniteError(**parts), chosen["where"]
+    rank, chosen = max(known, key=lambda pair: (bool(pair[1]["where"]), pair[1]["is_own"]))
+    where, is_known = chosen.pop("where"), chosen.pop("is_own")
+    if processes.count > 1 and (where or is_known):
+        chosen["cause"] += f" (In process {rank}.)"
+    return NonFiniteError(**chosen), where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, distributed
@@ -228,14 +228,13 @@ def save_optimizer(optimizer: Optimizer, rank: int) -> dict[str, Any]:
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Gives an optimizer a whole state; tensors keep the dtypes that they had.
 
-    ``load_state_dict`` alone converts them to those of the parameters.
+    ``load_state_dict`` alone converts them to those of the parameters, and takes strings apart.
     """
     ids = [one for group in state["param_groups"] for one in group["params"]]
     members = [p for group in optimizer.param_groups for p in group["params"]]
     known = {
         number: {
-            name: shard_of(value, parameter) if isinstance(value, Tensor) else value
-            for name, value in state["state"][number].items()
+            name: _with_shards(value, parameter) for name, value in state["state"][number].items()
         }
         for number, parameter in zip(ids, members, strict=True)
         if number in state["state"]
@@ -245,9 +244,26 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     for number, parameter in zip(ids, members, strict=True):
         present = optimizer.state.get(parameter) or {}
         for name, value in known.get(number, {}).items():
-            loaded = present.get(name)
-            if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                present[name] = value.to(loaded.device)
+            if name in present and _is_changed(present[name], value):
+                present[name] = value
+
+
+def _with_shards(value: Any, parameter: Tensor) -> Any:
+    """:func:`shard_of` of all tensors in a value."""
+    if isinstance(value, Tensor):
+        return shard_of(value, parameter)
+    if isinstance(value, dict):
+        return {key: _with_shards(part, parameter) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_with_shards(part, parameter) for part in value)
+    return value
+
+
+def _is_changed(loaded: Any, value: Any) -> bool:
+    """Whether ``load_state_dict`` may have made something else of a value."""
+    if isinstance(value, Tensor):
+        return isinstance(loaded, Tensor) and loaded.dtype != value.dtype
+    return isinstance(value, Collection)
 
 
 def fresh_state(level: BuiltLevel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.keeping import Keeper, Standing
 from mlodeco.runtime.checkpoint.output import Output, Saving
 from mlodeco.runtime.checkpoint.signals import Interrupts
-from mlodeco.runtime.checkpoint.state import Owners
+from mlodeco.runtime.checkpoint.state import Owners, read_buffers
 from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.ending import Ending
 from mlodeco.runtime.events import Events
@@ -196,6 +196,7 @@ class Runner:
             tracked=registry.tracked,
             make_context=self._events.muted,
             processes=self._processes,
+            declared={n: list(read_buffers(lv.module)) for n, lv in parts.built.levels.items()},
         )
         self._output = None if saving.out is None else Output(saving, self._processes)
         self._keeper = Keeper(
@@ -290,11 +291,10 @@ class Runner:
                 self._finish()
             self._announce(self._keeper.save())
             taken = self._parts.schedule.steps
-            skipped = {name: trainer.watch.skipped for name, trainer in self._trainers.items()}
             result = Result(
                 self.history,
                 self._standing.best,
-                self._ending.tell(steps, taken, skipped),
+                self._ending.tell(steps, taken, self.history.skipped),
                 self.tick,
                 None if self._output is None else self._output.path,
             )

@@ -52,13 +52,17 @@ from mlodeco.tree import Tree, dense, dot, norm
 
 @dataclass
 class Gradients:
-    """What one step's backward passes found; the gradients are in ``.grad``."""
+    """What one step's backward passes found; the gradients are in ``.grad``.
+
+    ``own_loss`` is that of this process, where ``loss`` is a mean over processes.
+    """
 
     loss: float
     metrics: dict[str, Any]
     solves: tuple[Solve, ...] = ()
     cosine: float | None = None
     trouble: NonFiniteError | None = None
+    own_loss: float = 0.0
 
 
 class Trainer:
@@ -121,6 +125,7 @@ class Trainer:
             "scheduler": self.scheduler and self.scheduler.state_dict(),
             "rule": dict(self._rule_state),
             "scale": self.scale and self.scale.state_dict(),
+            "watch": self.watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,6 +137,7 @@ class Trainer:
         self.rule_state = state["rule"]
         if self.scale is not None and state["scale"] is not None:
             self.scale.load_state_dict(state["scale"])
+        self.watch.load_state_dict(state["watch"])
 
     def own_state_dict(self) -> dict[str, Any]:
         """What this process alone knows: its data, and what the next step looks back at."""
@@ -248,6 +254,19 @@ class Trainer:
         if self._before_step is not None:
             self._before_step.restore(self)
 
+    def bad_loss(self, found: Gradients) -> NonFiniteError | None:
+        """What is said of a loss that is not finite; the same in all processes.
+
+        Not of a level with lower levels, whose loss may be lost by an overflow of its derivatives.
+        """
+        if self._built.graph.lower[self.level.name]:
+            return None
+        try:
+            require_finite(found.loss, self.level.name, self.level.site)
+        except NonFiniteError as error:
+            return error
+        return None
+
     def trouble(self, found: Gradients) -> NonFiniteError | None:
         """What is not finite in a step's numbers, unless that ends the run where it is found."""
         if found.trouble is not None or self.watch.is_strict:
@@ -282,7 +301,7 @@ class Trainer:
             torch._foreach_mul_(list(self.gradients().values()), 1.0 / self.own_scale)
         averaged = passes.take_loss(total)
         if averaged is not None:
-            return Gradients(averaged, metrics)
+            return Gradients(averaged, metrics, own_loss=total)
         return self.average(Gradients(total, metrics))
 
     def _value_of(self, loss: Tensor) -> float:
@@ -334,7 +353,7 @@ class Trainer:
         gradients = self.gradients()
         loss, gradient = self._mean_with_loss(mean, found.loss, plain_part(gradients), parameters)
         self._assign(gradients | gradient)
-        return replace(found, loss=loss)
+        return replace(found, loss=loss, own_loss=found.loss)
 
     def average_hypergradient(self, found: Hypergradient) -> Hypergradient:
         """The same for a hypergradient, for which each process has used its own data alone."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import math
 import sys
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from mlodeco.errors import CheckpointError
@@ -21,6 +23,41 @@ _SEQUENCES: Mapping[str, Callable[[list[Any]], Any]] = {
 _MAPPINGS: Mapping[str, Callable[[list[Any]], Any]] = {
     kind.__name__: kind for kind in (dict, OrderedDict)
 }
+
+_COMPRESSED: Mapping[torch.layout, tuple[str, str]] = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+"""For each layout the methods that give the indices of a sparse tensor."""
+
+
+def storable(tensor: Tensor, where: str) -> Tensor:
+    """A tensor of a dtype that files have; complex numbers that they lack are pairs.
+
+    Raises:
+        CheckpointError: there is none for it.
+    """
+    if tensor.is_meta:
+        raise _refusal(f"{where} is a tensor on the meta device")
+    if tensor.layout != torch.strided:
+        raise _refusal(f"{where} is a tensor of the layout {tensor.layout}")
+    if not tensor.is_quantized and _is_stored(tensor.dtype):
+        return tensor
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    raise _refusal(f"{where} is a tensor of {tensor.dtype}")
+
+
+@cache
+def _is_stored(dtype: torch.dtype) -> bool:
+    """Whether safetensors has a dtype."""
+    try:
+        save({"": torch.empty(0, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
 
 
 def distinct(tensor: Tensor, storages: set[int]) -> Tensor:
@@ -40,8 +77,8 @@ def encode(value: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
     dimensions in memory.
 
     Args:
-        value: nested dictionaries, lists, tuples, sets and deques of tensors, NumPy arrays,
-            numbers, strings, bytes and None.
+        value: nested dictionaries, lists, tuples, namedtuples, sets and deques of tensors, NumPy
+            arrays, numbers, strings, bytes and None.
         where: what it belongs to, for messages.
 
     Raises:
@@ -92,6 +129,9 @@ class _Encoder:
             return {kind.__name__: str(value).removeprefix("torch.")}
         if isinstance(value, Tensor):
             return {"tensor": self._tensor(value, path)}
+        if isinstance(value, tuple) and hasattr(kind, "_fields"):
+            names = [kind.__module__, kind.__qualname__, list(kind._fields)]
+            return {"namedtuple": [*names, self._items(value, path)]}
         return self._of_numpy(value, path)
 
     def _items(self, values: Any, path: str) -> list[Any]:
@@ -112,8 +152,9 @@ class _Encoder:
         return self._known[id(tensor)][1]
 
     def _described(self, tensor: Tensor, path: str) -> dict[str, Any]:
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise _refusal(f"{path} is a tensor of the layout {tensor.layout}")
+        if tensor.layout == torch.sparse_coo or tensor.layout in _COMPRESSED:
+            parts = self.encode(_parts(tensor.detach()), path)
+            return {"name": f"sparse {len(self._known)}", "sparse": parts}
         name = str(len(self.tensors))
         found: dict[str, Any] = {"name": name}
         value = whole(tensor).detach()
@@ -122,7 +163,7 @@ class _Encoder:
         if value.is_complex():
             found["complex"] = True
             value = torch.view_as_real(value.resolve_conj())
-        value = value.resolve_neg()
+        value = storable(value, path).resolve_neg()
         order = sorted(range(value.dim()), key=value.stride, reverse=True)
         if not value.is_contiguous() and value.permute(order).is_contiguous():
             found["order"] = order
@@ -133,13 +174,25 @@ class _Encoder:
     def _of_numpy(self, value: Any, path: str) -> Any:
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
-            kind = "array" if type(value) is numpy.ndarray else "scalar"
+            kind = "scalar" if isinstance(value, numpy.generic) else "array"
+            if kind == "array" and type(value) not in (numpy.ndarray, numpy.memmap):
+                raise _refusal(f"{path} is a NumPy {type(value).__name__}")
             try:
                 tensor = torch.from_numpy(numpy.array(value))
-            except TypeError:
+            except (TypeError, ValueError):  # objects, strings, dates, another order of bytes
                 raise _refusal(f"{path} is a NumPy array of {value.dtype}") from None
             return {kind: self._tensor(tensor, path)}
         raise _refusal(f"{path} is a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def _parts(tensor: Tensor) -> list[Any]:
+    """What makes a sparse tensor: its layout, shape, indices and values."""
+    if tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+        return ["sparse_coo", list(tensor.shape), *parts, tensor.is_coalesced()]
+    indices = [getattr(tensor, name)() for name in _COMPRESSED[tensor.layout]]
+    layout = str(tensor.layout).removeprefix("torch.")
+    return [layout, list(tensor.shape), *indices, tensor.values()]
 
 
 class _Decoder:
@@ -160,6 +213,9 @@ class _Decoder:
             return _SEQUENCES[kind](self.decode(part))
         if kind in _MAPPINGS:
             return _MAPPINGS[kind]([self.decode(pair) for pair in part])
+        if kind == "namedtuple":
+            module, name, fields, items = part
+            return tuple.__new__(_type_of(module, name, fields), self.decode(items))
         return self._leaf(kind, part)
 
     def _leaf(self, kind: str, part: Any) -> Any:
@@ -189,15 +245,31 @@ class _Decoder:
     def _tensor(self, part: Mapping[str, Any]) -> Tensor:
         name = part["name"]
         if name not in self._known:
-            # a copy: the file is mapped to memory
-            value = self._tensors[name].clone()
-            if "order" in part:
-                order = part["order"]
-                value = value.permute([order.index(n) for n in range(len(order))])
-            if "complex" in part:
-                value = torch.view_as_complex(value)
-            self._known[name] = value.to(self._device) if "placed" in part else value
+            is_sparse = "sparse" in part
+            self._known[name] = self._sparse(part["sparse"]) if is_sparse else self._dense(part)
         return self._known[name]
+
+    def _dense(self, part: Mapping[str, Any]) -> Tensor:
+        # a copy: the file is mapped to memory
+        value = self._tensors[part["name"]].clone()
+        if "order" in part:
+            order = part["order"]
+            value = value.permute([order.index(n) for n in range(len(order))])
+        if "complex" in part:
+            value = torch.view_as_complex(value)
+        return value.to(self._device) if "placed" in part else value
+
+    def _sparse(self, part: Any) -> Tensor:
+        layout, shape, *parts = self.decode(part)
+        if layout == "sparse_coo":
+            indices, values, is_coalesced = parts
+            return torch.sparse_coo_tensor(
+                indices, values, shape, is_coalesced=is_coalesced, check_invariants=True
+            )
+        rows, columns, values = parts
+        return torch.sparse_compressed_tensor(
+            rows, columns, values, shape, layout=getattr(torch, layout), check_invariants=True
+        )
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -207,11 +279,22 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
+def _type_of(module: str, name: str, fields: list[str]) -> type[tuple[Any, ...]]:
+    """A type of namedtuples: that of the program, else one with the same names."""
+    known, make = sys.modules.get(module), namedtuple
+    found = vars(known).get(name) if known is not None else None
+    is_like = list(getattr(found, "_fields", ())) == fields
+    if is_like and isinstance(found, type) and issubclass(found, tuple):
+        return found
+    return make(name.rpartition(".")[2], fields)
+
+
 def _refusal(found: str) -> CheckpointError:
     return CheckpointError(
         f"{found}, which a checkpoint cannot hold.",
         expected="numbers, strings, bytes, tensors, NumPy arrays, and lists, tuples, sets and "
         "dictionaries of these.",
-        remedy="let its owner have state_dict() and load_state_dict() that use these alone; "
+        remedy="if it is a batch, let the data give tuples or dictionaries of tensors; else let "
+        "its owner have state_dict() and load_state_dict() that use the above alone; "
         "program.track('name', object) adds an object to the checkpoints.",
     )

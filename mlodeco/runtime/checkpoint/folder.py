@@ -134,6 +134,11 @@ def read(path: Path, rank: int = 0, *, all_files: bool = True) -> Found:
     """
     old = _aside(path)
     path = old if old.exists() and not path.exists() else path
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: there is no checkpoint.",
+            remedy="give the folder of one, such as runs/one/checkpoints/000000030.",
+        )
     manifest = _read_manifest(path)
     has_own = rank < manifest["head"]["processes"]
     names = [_COMMON, _process(rank if has_own else 0)]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mlodeco.calculus.randomness import SavedRandomness, make_seed, seed_streams
 from mlodeco.calculus.response import Status
-from mlodeco.errors import CheckpointWarning, quoted
+from mlodeco.errors import CheckpointError, CheckpointWarning, counted, quoted
 from mlodeco.graph import Schedule
 from mlodeco.runtime.build import Build, BuiltLevel
-from mlodeco.runtime.checkpoint.encoding import distinct, encode
+from mlodeco.runtime.checkpoint.encoding import distinct, encode, storable
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.fsdp import shard_of, whole
@@ -41,7 +41,8 @@ class Owners:
     """The parts of a run that have a state.
 
     ``tracked`` are objects of the user's; ``make_context`` gives a level's function what it is
-    given when a step is looked at again.
+    given when a step is looked at again; ``declared`` are the buffers that there are for each
+    level before its first step.
     """
 
     built: Build
@@ -55,28 +56,33 @@ class Owners:
     tracked: Mapping[str, Any]
     make_context: Callable[[str], Context]
     processes: Processes
+    declared: Mapping[str, list[str]]
 
     def program(self) -> dict[str, Any]:
         """What tells one program from another, in values that JSON can hold."""
-        return {name: _described(trainer) for name, trainer in self.trainers.items()}
+        sources = quoted(sorted(self.built.sources))
+        return {name: _described(trainer, sources) for name, trainer in self.trainers.items()}
 
     def check(self) -> None:
-        """Looks at what is the user's before a run begins, and not at its first checkpoint.
+        """Looks at the state before a run begins, and not at its first checkpoint.
+
+        All processes must call this.
 
         Raises:
-            CheckpointError: the state of an object that is tracked cannot be saved.
+            CheckpointError: it holds what a checkpoint cannot.
         """
         for name, state in self._tracked_states().items():
             encode(state, f"the state of the tracked {name!r}")
+        encode(self.common(), "the state")
+        encode(self.own(), "the state")
+        self.weights()
         anew = self.sources.without_position
         if anew:
-            warnings.warn(
+            _warn(
                 f"the sources {quoted(anew)} begin anew where a run goes on from a checkpoint: "
                 "a generator cannot be continued in another process. Remedy: give an object to "
                 "iterate over again and again, or an iterator with state_dict and "
-                "load_state_dict.",
-                CheckpointWarning,
-                stacklevel=3,
+                "load_state_dict."
             )
 
     def weights(self) -> Weights:
@@ -91,13 +97,14 @@ class Owners:
             "schedule": self.schedule.state_dict(),
             "validations": [one.state_dict() for one in self.validations],
             "hooks": self.hooks.state_dict(),
+            "declared": self.declared,
         }
 
     def own(self) -> dict[str, Any]:
         """What is this process's own."""
         levels = self.built.levels
         return {
-            "buffers": {name: dict(_buffers(level.module)) for name, level in levels.items()},
+            "buffers": {name: read_buffers(level.module) for name, level in levels.items()},
             "last": {name: self._last(level) for name, level in levels.items()},
             "trainers": {name: one.own_state_dict() for name, one in self.trainers.items()},
             "recorders": {name: one.state_dict() for name, one in self.recorders.items()},
@@ -117,14 +124,20 @@ class Owners:
     ) -> None:
         """Gives everything back; random numbers come last, since data move them.
 
+        Warns of what the program and the checkpoint do not both have.
+
         Args:
             common: what :meth:`common` gave.
             own: what :meth:`own` gave.
             weights: for each level the tensors of its module.
             then: how many processes there were.
+
+        Raises:
+            CheckpointError: an object that is tracked does not take its state.
         """
         for name, level in self.built.levels.items():
-            _write_weights(level.module, weights[name], own["buffers"][name])
+            _write_parameters(level.module, weights[name])
+            _write_buffers(level.module, own["buffers"][name])
             _write_level(level, common["levels"][name])
             last = own["last"][name]
             level.last_batches = None if last is None else tuple(Drawn(*one) for one in last)
@@ -135,17 +148,66 @@ class Owners:
             recorder.load_state_dict(own["recorders"][name], self.make_context(name))
         self.sources.load_state_dict(own["sources"])
         self.schedule.load_state_dict(common["schedule"])
-        for validation, state in zip(self.validations, common["validations"], strict=False):
-            validation.load_state_dict(state)
+        self._restore_validations(common["validations"])
         self.hooks.load_state_dict(common["hooks"])
-        for name, value in self.tracked.items():
-            if name in own["tracked"]:
-                value.load_state_dict(own["tracked"][name])
+        self._restore_tracked(own["tracked"])
         for name, generator in self.generators.items():
             generator.set_state(own["generators"][name])
         if not restore_generators(self._held(), own["held"]):
             warn_of_others("the program")
         SavedRandomness().load_state_dict(own["streams"]).restore()
+
+    def buffers_of(
+        self, common: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The buffers then and now that tell programs apart, as of :meth:`program`.
+
+        Not those that a forward pass registers.
+        """
+        then: dict[str, Any] = {}
+        now: dict[str, Any] = {}
+        for name, level in self.built.levels.items():
+            present = read_buffers(level.module)
+            declared = dict.fromkeys((*common["declared"][name], *self.declared[name]))
+            for found, known in ((then, own["buffers"][name]), (now, present)):
+                found[name] = {f"buffer {key!r}": "there" for key in declared if key in known}
+        return then, now
+
+    def _restore_validations(self, states: list[Any]) -> None:
+        if len(states) == len(self.validations):
+            for validation, state in zip(self.validations, states, strict=True):
+                validation.load_state_dict(state)
+            return
+        _warn(
+            f"the checkpoint is of a program with {counted(len(states), 'validation')}, and there "
+            f"are {len(self.validations)}: each begins anew to look for its best value and to "
+            "count its patience."
+        )
+
+    def _restore_tracked(self, states: Mapping[str, Any]) -> None:
+        for name, value in self.tracked.items():
+            if name not in states:
+                continue
+            try:
+                value.load_state_dict(states[name])
+            except Exception as error:
+                raise CheckpointError(
+                    f"the tracked {name!r} does not take the state that it had: "
+                    f"{type(error).__name__}: {error}.",
+                    expected=f"{type(value).__name__}.load_state_dict to take what state_dict "
+                    "gave when the checkpoint was written.",
+                    remedy="let it do so, or track the object under another name, by which it "
+                    "begins anew.",
+                ) from error
+        anew = [name for name in self.tracked if name not in states]
+        if anew:
+            _warn(f"the tracked {quoted(anew)} have no state in the checkpoint and begin anew.")
+        gone = [name for name in states if name not in self.tracked]
+        if gone:
+            _warn(
+                f"the checkpoint holds a state of the tracked {quoted(gone)}, which the program "
+                "does not track: it is not used, and not in later checkpoints."
+            )
 
     def _held(self) -> list[Any]:
         """The generators that the program's functions and modules hold."""
@@ -190,7 +252,11 @@ def _functions(level: BuiltLevel) -> list[Any]:
     return [level.declaration.function, *level.declaration.tune.values(), *rule]
 
 
-def _described(trainer: Trainer) -> dict[str, Any]:
+def _warn(message: str) -> None:
+    warnings.warn(message, CheckpointWarning, stacklevel=4)
+
+
+def _described(trainer: Trainer, sources: str) -> dict[str, Any]:
     level = trainer.level
     tensors = {
         f"parameter {key!r}": f"{tuple(p.shape)} {p.dtype}" for key, p in level.parameters.items()
@@ -199,6 +265,7 @@ def _described(trainer: Trainer) -> dict[str, Any]:
         "lower levels": ", ".join(level.declaration.lower) or "none",
         "optimizer": type(trainer.optimizer or level.rule).__name__,
         "scheduler": type(trainer.scheduler).__name__,
+        "the list of the program's sources": sources,
         **tensors,
     }
 
@@ -215,29 +282,58 @@ def _weights(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         known = first.setdefault(id(tensor), name)
         if known != name:
             aliases[name] = known
-        elif name not in found:
-            found[name] = distinct(whole(tensor).detach(), storages)
+        elif name in named or tensor.layout == torch.strided:  # sparse buffers are elsewhere
+            value = storable(whole(tensor).detach(), f"the tensor {name!r} of a module")
+            found[name] = distinct(value, storages)
     return found, aliases
 
 
-def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.named_buffers(remove_duplicate=False))
-
-
-def _write_weights(
-    module: nn.Module, saved: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> None:
+def _write_parameters(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(shard_of(saved[name], parameter))
-    for name, value in buffers.items():
+            value = saved[name]
+            if parameter.is_complex() and not value.is_complex():
+                # a copy: the file is mapped to memory, where complex numbers may stand askew
+                value = torch.view_as_complex(value.clone())
+            parameter.copy_(shard_of(value, parameter))
+
+
+def read_buffers(module: nn.Module) -> dict[str, list[Any]]:
+    """All buffers by name, those that are None too, and whether each is persistent."""
+    return {
+        f"{path}.{key}" if path else key: [value, key not in child._non_persistent_buffers_set]
+        for path, child in module.named_modules(remove_duplicate=False)
+        for key, value in child._buffers.items()
+    }
+
+
+def _write_buffers(module: nn.Module, saved: Mapping[str, list[Any]]) -> None:
+    """Gives a module these buffers, and takes those away that it has beside."""
+    children = dict(module.named_modules(remove_duplicate=False))
+    for name in read_buffers(module).keys() | saved.keys():
         path, _, key = name.rpartition(".")
-        holder = module.get_submodule(path)._buffers
-        present = holder[key]
-        if present is not None and present.shape == value.shape and present.dtype == value.dtype:
-            present.copy_(value)
+        child = children[path]
+        if name not in saved:
+            child._buffers.pop(key, None)  # one module may have two names
+        elif key not in child._buffers:
+            value, is_persistent = saved[name]
+            child.register_buffer(key, value, persistent=is_persistent)
         else:
-            holder[key] = value
+            _write_buffer(child, key, saved[name][0])
+
+
+def _write_buffer(child: nn.Module, key: str, value: Tensor | None) -> None:
+    present = child._buffers[key]
+    if present is not None and value is not None and _is_alike(present, value):
+        present.copy_(value)
+    else:
+        child._buffers[key] = value
+
+
+def _is_alike(present: Tensor, value: Tensor) -> bool:
+    """Whether a buffer can take a value and stay the tensor that it is."""
+    is_plain = present.layout == value.layout == torch.strided
+    return is_plain and present.shape == value.shape and present.dtype == value.dtype
 
 
 def _read_level(level: BuiltLevel) -> dict[str, Any]:

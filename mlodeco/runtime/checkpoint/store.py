@@ -99,6 +99,7 @@ def load(owners: Owners, journal: Journal, path: Path, device: torch.device) -> 
         found = read(path, processes.rank, all_files=processes.is_main)
         compare_programs(found.head["program"], owners.program(), path)
         common, own = (decode(p.tree, p.tensors, device) for p in (found.common, found.own))
+        compare_programs(*owners.buffers_of(common, own), path)
         progress = Progress(**{**common["progress"], "run_seed": own["run_seed"]})
         progress.check(found.head["tick"])
         return found, common, own, progress, read_records(found.history)
