@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import Signals as Signal
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from mlodeco.runtime.compiling import backend_of
 from mlodeco.runtime.ending import Ending
 from mlodeco.runtime.events import Events
 from mlodeco.runtime.functional import check_nested
-from mlodeco.runtime.history import History, Tick, ValidationRecord, as_numbers
+from mlodeco.runtime.history import History, StepRecord, Tick, ValidationRecord, as_numbers
 from mlodeco.runtime.memory import peak_memory
 from mlodeco.runtime.nonfinite import POLICIES
 from mlodeco.runtime.precision import choose_precision, set_precision
@@ -135,6 +135,7 @@ class Runner:
         self._ending = Ending()
         self._interrupts = Interrupts()
         self._last_tick: int | None = None
+        self._open: tuple[tuple[StepRecord, ...], list[ValidationRecord]] | None = None
         self._accelerator = tracking_accelerator(accelerator, log_with, project, out)
         precision = choose_precision(
             mixed_precision, self._accelerator, is_own=accelerator is not None
@@ -274,7 +275,7 @@ class Runner:
         return result
 
     def _run(self, last: int, steps: int) -> Result:
-        if not self._standing.is_resumed:
+        if not self._standing.is_resumed and self._open is None:
             self._ending.reason = None
             for validation in self._parts.validations:
                 validation.without_best = 0
@@ -285,7 +286,7 @@ class Runner:
                 listener.on_start(self, max(last - self.tick, 0))
             self._fire_run("run_start")
             self._agree_on_end()
-            while self.tick < last and not self._ending.is_near:
+            while self._open is not None or (self.tick < last and not self._ending.is_near):
                 self.step()
             if self._ending.signum is None:
                 self._finish()
@@ -303,12 +304,12 @@ class Runner:
                 self._agree_on_end()
             self._keeper.record(at_once=True)
         except BaseException as error:
+            self._standing.is_resumed = True  # the next run goes on with this one
             for listener in self.listeners:
-                listener.on_error()
-            try:
+                with _noted_on(error):
+                    listener.on_error()
+            with _noted_on(error):
                 self._keeper.record(at_once=True)
-            except RunError as other:
-                error.add_note(str(other))
             raise
         finally:
             self._last_tick = None
@@ -318,10 +319,11 @@ class Runner:
 
     def _finish(self) -> None:
         """What comes behind the last tick."""
-        final = tuple(self._validate(final=True))
+        final: list[ValidationRecord] = []
+        self._validate(final, is_last=True)
         compare_notes(self.built, self._processes)
         if final:
-            self._tell(Tick(self.tick, (), final))
+            self._tell(Tick(self.tick, (), tuple(final)))
 
     def _leave_if_asked(self, result: Result) -> None:
         """Leaves the process if a signal has ended the run, or has come too late for that.
@@ -360,15 +362,18 @@ class Runner:
             return self._step()
 
     def _step(self) -> Tick:
-        self._warn_of_changes()
-        self._take_over()
-        self._standing.is_between_ticks = False
-        self._stepping.take_turns()
-        with self._interrupts.held:
-            self._standing.tick += 1
-            steps = self._stepping.finish_tick()
-        tick = Tick(self.tick, steps, tuple(self._validate()))
+        if self._open is None:
+            self._warn_of_changes()
+            self._take_over()
+            self._standing.is_between_ticks = False
+            self._stepping.take_turns()
+            with self._interrupts.held:
+                self._standing.tick += 1
+                self._open = self._stepping.finish_tick(), []
+        steps, validations = self._open
+        self._validate(validations)
         self._agree_on_end()
+        tick, self._open = Tick(self.tick, steps, tuple(validations)), None
         self._standing.is_between_ticks = True
         self._tell(tick)
         # a run writes the checkpoint of its last tick at its end
@@ -433,6 +438,7 @@ class Runner:
         with self._processes.ended_together(), quiet(self._processes):
             self._keeper.load(Path(path).absolute())
             self._stepping.begin_anew()
+            self._open = None
 
     def _take_over(self) -> None:
         """Makes the program's tick, seed, precision and optimizers those of this run."""
@@ -448,9 +454,15 @@ class Runner:
         for listener in self.listeners:
             listener.on_tick(tick)
 
-    def _validate(self, *, final: bool = False) -> Iterator[ValidationRecord]:
+    def _validate(self, found: list[ValidationRecord], *, is_last: bool = False) -> None:
+        """Adds the records of the validations that are due; one that an exception ends comes again.
+
+        Args:
+            found: the records.
+            is_last: whether all are due that were not made at this tick.
+        """
         for validation in self._parts.validations:
-            is_due = final or self.tick % validation.declaration.every == 0
+            is_due = is_last or self.tick % validation.declaration.every == 0
             if not is_due or validation.last_tick == self.tick:
                 continue
             compare_notes(self.built, self._processes)
@@ -461,22 +473,33 @@ class Runner:
                 what = describe_validation(validation.declaration)
                 error.add_note(f"raised in {what} ({validation.declaration.site})")
                 raise
-            validation.last_tick = self.tick
-            if validation.judge(metrics):
-                name = validation.declaration.monitor or ""
-                self._standing.best = Best(self.tick, name, metrics[name], metrics)
-            if validation.is_exhausted:
-                self._ending.reason = validation.why_exhausted
-            self._parts.hooks.fire("validate", ctx=ctx, metrics=metrics)
-            self._ending.hear(ctx)
+            with self._parts.hooks.counted_once():
+                self._parts.hooks.fire("validate", ctx=ctx, metrics=metrics)
             record = ValidationRecord(self.tick, {**metrics, **as_numbers(ctx.logged)})
-            self.history.validations.append(record)
-            yield record
+            with self._interrupts.held:
+                validation.last_tick = self.tick
+                if validation.judge(metrics):
+                    name = validation.declaration.monitor or ""
+                    self._standing.best = Best(self.tick, name, metrics[name], metrics)
+                if validation.is_exhausted:
+                    self._ending.reason = validation.why_exhausted
+                self._ending.hear(ctx)
+                self.history.validations.append(record)
+                found.append(record)
 
     def _fire_run(self, event: str, **offered: Any) -> None:
         ctx = self._events.of_run(self.tick)
         self._parts.hooks.fire(event, ctx=ctx, **offered)
         self._ending.hear(ctx)
+
+
+@contextmanager
+def _noted_on(error: BaseException) -> Iterator[None]:
+    """Lets an error stand that others come behind, with a note on each of them."""
+    try:
+        yield
+    except Exception as other:
+        error.add_note(f"behind it came {type(other).__name__}: {other}")
 
 
 def check_steps(steps: object) -> None:

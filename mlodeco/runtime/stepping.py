@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +128,11 @@ class Stepping:
         ctx = self._events.of_level(name)
         if starts_loop:
             self._events.fire("loop_start", name, ctx)
-        with trainer.undone_on_error(ctx.generator), _located(trainer, self._built.tick):
+        with (
+            ExitStack() as behind,
+            trainer.undone_on_error(ctx.generator),
+            _located(trainer, self._built.tick),
+        ):
             if starts_loop:
                 trainer.begin_loop()
             if starts_loop and recorder is not None:
@@ -150,14 +154,15 @@ class Stepping:
                 ctx.skipped = self._judge.is_lost(name, found, batches)
                 extras = self._events.offers(trainer, found, batches, ctx)
                 norm, rate = self._prepare_update(name, ctx, recorder, extras, batches)
-            with self._held:
-                trainer.update(skipped=ctx.skipped)
-                if recorder is not None:
-                    recorder.finish_step()
-                self._built.remember(name, batches)
-                record = self._finish_step(name, ctx, found, metrics, norm, rate)
-        self._finish_step_events(name, ctx, extras, ended)
-        record.metrics.update(ctx.logged)
+            # an interrupt waits until nothing is put back any more, and hooks have heard of it
+            behind.enter_context(self._held)
+            trainer.update(skipped=ctx.skipped)
+            if recorder is not None:
+                recorder.finish_step()
+            self._built.remember(name, batches)
+            metrics.update(ctx.logged)
+            record = self._finish_step(name, ctx, found, metrics, norm, rate)
+            behind.callback(self._finish_step_events, name, ctx, extras, ended, record)
 
     def _draw(self, trainer: Trainer, generator: torch.Generator) -> tuple[tuple[Drawn, ...], bool]:
         """The micro-batches of a step, and whether a pass over the data ends with them.
@@ -167,9 +172,10 @@ class Stepping:
         if self._drawn is not None:
             self._drawn.streams.restore()
         else:
-            with self._sources.drawn(trainer.level) as items:
-                found = trainer.draw(items)
-            self._drawn = _Draw(*found, RecordedStreams(((generator, generator),)))
+            with self._held:
+                with self._sources.drawn(trainer.level) as items:
+                    found = trainer.draw(items)
+                self._drawn = _Draw(*found, RecordedStreams(((generator, generator),)))
         return self._drawn.batches, self._drawn.ended
 
     def _finish_step(
@@ -254,7 +260,7 @@ class Stepping:
         return is_mean or bool(self._built.graph.lower[name]) or self._hooks.wants("after_backward")
 
     def _finish_step_events(
-        self, name: str, ctx: Context, extras: dict[str, Any], ended: bool
+        self, name: str, ctx: Context, extras: dict[str, Any], ended: bool, record: StepRecord
     ) -> None:
         ctx.step, ctx.epoch = self._schedule.steps[name], self._trainers[name].finished_epochs
         self._events.fire("after_step", name, ctx, **extras)
@@ -263,6 +269,7 @@ class Stepping:
         if self._schedule.is_loop_end(name):
             self._events.fire("loop_end", name, ctx)
         self._ending.hear(ctx)
+        record.metrics.update(ctx.logged)
 
     def _recorder(self, name: str) -> Recorder | None:
         """The level's, once it is warm."""
@@ -299,6 +306,7 @@ class Stepping:
         ctx.epoch = trainer.epoch
         located = _located(trainer, self._built.tick)
         with (
+            ExitStack() as behind,
             trainer.undone_on_error(ctx.generator),
             located,
             self._judge.explained(name, batches),
@@ -308,8 +316,8 @@ class Stepping:
             trainer.tune()
             extras = self._events.offers(trainer, found, batches, ctx)
             self._prepare_update(name, ctx, None, extras, batches)
-            with self._held:
-                trainer.update(skipped=ctx.skipped)
+            behind.enter_context(self._held)
+            trainer.update(skipped=ctx.skipped)
         self._ending.hear(ctx)
 
 

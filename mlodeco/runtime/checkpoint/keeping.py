@@ -26,7 +26,7 @@ class Standing:
         run_seed: what random numbers of hypergradients start from.
         best: the best validation so far.
         is_between_ticks: whether no tick is begun and not finished.
-        is_resumed: whether it comes from a checkpoint, and has not gone on from there.
+        is_resumed: whether the next run goes on with one, from a checkpoint or one broken off.
     """
 
     tick: int = 0

@@ -49,7 +49,8 @@ class Interrupts:
     """Lets SIGINT (Ctrl-C, a notebook's stop button) wait for the end of short blocks.
 
     Within ``with interrupts:`` in the main thread, those of ``with interrupts.held:`` are ended
-    before ``KeyboardInterrupt`` is raised. Other handlers than Python's are called as late.
+    before ``KeyboardInterrupt`` is raised; a second one does not wait. Other handlers than Python's
+    are called as late.
     """
 
     def __init__(self) -> None:
@@ -75,10 +76,13 @@ class Interrupts:
             self._before = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._is_held:
+        if self._is_held and self._came is None:
             self._came = frame
-        else:
-            self._before(number, frame)
+            return
+        came, self._came = self._came, None
+        if came is not None:
+            self._before(number, came)
+        self._before(number, frame)
 
 
 class _Held:
