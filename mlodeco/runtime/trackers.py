@@ -75,8 +75,9 @@ class Trackers:
 
     Every tick at which levels have stepped is logged at its number, with ``LEVEL/`` before the
     names of :func:`columns`; a validation at that of its tick, with ``validation/``, or
-    ``validation_/`` where this is a level's. What is no number is left out. Trackers that are not started yet are started before the first tick, with
-    the options of the levels as their configuration, and finished at the end.
+    ``validation_/`` where this is a level's. What is no number is left out. Trackers that are not
+    started yet are started before the first tick, with the options of the levels as their
+    configuration, and finished at the end.
 
     Args:
         accelerator: whose they are.
