@@ -13,7 +13,8 @@ import torch
 
 from mlodeco.runtime.history import Tick
 from mlodeco.runtime.memory import peak_of_process
-from mlodeco.runtime.runner import Result, Runner
+from mlodeco.runtime.result import Result
+from mlodeco.runtime.runner import Runner
 
 _WARM_UP = 3
 """Steps that are left out: they allocate, compile and load code."""
