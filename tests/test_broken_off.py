@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mlodeco import Program, Runner
 from mlodeco.declare.registry import EVENTS, RUN_EVENTS
 from mlodeco.hypergrad import Neumann
+from mlodeco.runtime.checkpoint.signals import Interrupts, Signals
 
 TICKS = 7
 LEVEL_EVENTS = [event for event in EVENTS if event not in RUN_EVENTS]
@@ -413,3 +414,32 @@ def test_an_error_of_a_listener_stands_before_those_behind_it():
         runner.run(2)
     assert caught.value.__notes__ == ["behind it came OSError: second"]
     assert told == ["other"]
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize(
+    ("holder", "number"),
+    [(Signals, signal.SIGTERM), (Signals, signal.SIGINT), (Interrupts, signal.SIGINT)],
+)
+def test_an_interrupt_as_handlers_are_set_leaves_those_of_before(holder, when, number, monkeypatch):
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    install = signal.signal
+
+    def interrupted(which, handler):
+        if handler is handlers[which]:
+            return install(which, handler)
+        if when == "behind":
+            install(which, handler)
+        if which == number:
+            raise KeyboardInterrupt
+        return install(which, handler)
+
+    held = holder()
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            held.__enter__()
+    assert {one: signal.getsignal(one) for one in handlers} == handlers
+    with held:
+        assert signal.getsignal(signal.SIGINT) == held._note
+    assert {one: signal.getsignal(one) for one in handlers} == handlers

@@ -26,13 +26,20 @@ class Signals:
 
     def __enter__(self) -> Self:
         self.received = None
+        try:
+            self._install()
+        except BaseException:  # an interrupt, which may come between two handlers
+            self.__exit__()
+            raise
+        return self
+
+    def _install(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):
                     self._before[number] = before
                     signal.signal(number, self._note)
-        return self
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
@@ -62,12 +69,19 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         self._depth += 1
+        try:
+            self._install()
+        except BaseException:  # an interrupt, as soon as the handler is set
+            self.__exit__()
+            raise
+        return self
+
+    def _install(self) -> None:
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             before = signal.getsignal(signal.SIGINT)
             if callable(before):
                 self._before = before
                 signal.signal(signal.SIGINT, self._note)
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
