@@ -9,7 +9,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Never, Self, TypeVar, get_args, overload
 
-from mlodeco.declare.checks import Checker, as_tuple, find_cycle
+from mlodeco.declare.checks import Checker, find_cycle
 from mlodeco.declare.inner_loop import (
     read_init_from,
     read_replicas,
@@ -827,7 +827,7 @@ def _has_parameters(value: Any) -> bool:
 def _params(check: Checker, params: Any) -> Any:
     if params is None or callable(params):
         return params
-    items = None if isinstance(params, str) else as_tuple(params)
+    items = None if isinstance(params, str) else check.items("params", params)
     if items is None:
         raise check.error(
             f"params={params!r}.",

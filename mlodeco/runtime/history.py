@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -252,3 +252,8 @@ def as_number(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 and not value.is_meta else value.detach().clone()
     return value
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, each as :func:`as_number` gives it."""
+    return {key: as_number(value) for key, value in metrics.items()}

@@ -13,7 +13,8 @@ from statistics import median
 import torch
 
 from mlodeco.runtime.history import Tick
-from mlodeco.runtime.runner import Result, Runner
+from mlodeco.runtime.result import Result
+from mlodeco.runtime.runner import Runner
 
 _WARM_UP = 3
 """Steps that are left out: they allocate, compile and load code."""

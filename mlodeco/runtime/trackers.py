@@ -15,13 +15,42 @@ from mlodeco.errors import RunError, did_you_mean, quoted
 from mlodeco.hypergrad import spell
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.history import StepRecord, Tick, columns
+from mlodeco.runtime.launch import make_accelerator
 
 if TYPE_CHECKING:
-    from mlodeco.runtime.runner import Result, Runner
+    from mlodeco.runtime.result import Result
+    from mlodeco.runtime.runner import Runner
 
 _PLAIN = (bool, int, float, str)
 
 _OPTIONS = ("inner_steps", "repeat", "warmup", "accumulate", "clip_norm", "rollback", "init_from")
+
+
+def tracking_accelerator(
+    given: Accelerator | None,
+    log_with: Any,
+    project: str,
+    out: str | os.PathLike[str] | None,
+) -> Accelerator:
+    """The Accelerator of a run, with the trackers that were asked for.
+
+    Raises:
+        RunError: a tracker cannot be made, or they are asked for in two places.
+    """
+    if not isinstance(project, str):
+        raise RunError(
+            f"project={project!r}.", expected="a name.", remedy="project='first', for instance."
+        )
+    if log_with is None:
+        return make_accelerator(given)
+    if given is not None:
+        raise RunError(
+            "log_with= and accelerator= are both given.",
+            expected="trackers in one place.",
+            remedy="make the Accelerator with them: Accelerator(log_with=..., project_dir=...).",
+        )
+    trackers = check_trackers(log_with, out)
+    return make_accelerator(None, log_with=trackers or None, project_dir=out)
 
 
 def check_trackers(log_with: Any, out: str | os.PathLike[str] | None) -> list[Any]:
