@@ -211,7 +211,7 @@ class TestSignatures:
         assert "self" not in inspect.signature(mlodeco.on).parameters
         assert list(inspect.signature(mlodeco.on).parameters)[:3] == ["event", "level", "every"]
         assert "patience" in inspect.signature(mlodeco.validate).parameters
-        assert list(inspect.signature(mlodeco.method).parameters) == ["name"]
+        assert list(inspect.signature(mlodeco.method).parameters) == ["name", "unknown"]
 
     def test_keep_names_and_documentation(self):
         for name in ("level", "on", "validate", "method"):

@@ -709,9 +709,9 @@ def _is_declared_again(
 ) -> bool:
     """Whether a later input at a prompt declares the same function: its cell was run again.
 
-    Functions have a name in common by chance if that is no name: these must be the same. So do
-    callables that neither input has compiled, as methods of two objects: they must be the same
-    or declared by the same words.
+    Functions have a name in common by chance if that is no name: these must be the same. Callables
+    of one code object, as methods of two objects, have theirs in common in any case: these must be
+    the same, or declared by the same statement.
     """
     if not _is_later(old.site, new.site) or not new.site.names_as(old.site):
         return False
