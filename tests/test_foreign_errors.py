@@ -60,6 +60,28 @@ def test_the_part_is_named(options, error, note):
     assert any(note in text for text in caught.value.__notes__)
 
 
+class Items(Failing):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return 1.0
+
+
+def test_a_source_that_cannot_be_put_back_is_named():
+    program = make()
+    program.source("items")(Items())
+
+    @program.level("third", lower=["low"], module={"z": torch.ones(2)})
+    def third(m, low, items):
+        return ((low.x - m.z) ** 2).sum() * items
+
+    with pytest.raises(MineError) as caught:
+        mlodeco.hypergradient("third", program=program)
+    (note,) = caught.value.__notes__
+    assert "raised in the source 'items'" in note
+
+
 def test_a_tracked_object_is_named(tmp_path):
     program = make()
     program.track("mine", Failing())
