@@ -226,6 +226,7 @@ mlodeco.run(40, program=program, out=out, resume="auto", seed=3, progress="off")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_workers_outlast_a_signal_to_the_group(number, tmp_path):
     for at in (3, 5):  # of workers that a run has started, and that a pass taken up has

@@ -123,6 +123,7 @@ def errors(found, moment="start", level="top"):
     return [row[moment][level]["error"] for row in found["rows"]]
 
 
+@pytest.mark.slow
 def test_methods_are_compared_in_processes_of_their_own(script, tmp_path):
     """On a quadratic bilevel problem in float64, everything is known."""
     out = tmp_path / "new" / "folder"

@@ -58,6 +58,7 @@ def problem_at(built, number, batch, compiler=None):
     return LowerProblem(replace(point, compiler=compiler), "low", ("top",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_products_are_the_same_at_other_parameters(case):
     built = build(CASES[case]().program)
@@ -145,6 +146,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_are_the_same(method):
     chosen, options = METHODS[method]

@@ -469,7 +469,7 @@ class TestReplicas:
     def test_check_the_numbers_of_a_record(self, option, wrong):
         text = message(DeclarationError, lambda: Replicas(**{"count": 2, option: wrong}))
         assert f"Replicas: {option}={wrong!r}." in text
-        assert f"set {option}=1 or more" in text
+        assert "Expected: an integer from 1 to 2147483647." in text
 
     def test_check_the_way_of_a_record(self):
         text = message(DeclarationError, lambda: Replicas(2, way="vmpa"))
@@ -601,7 +601,7 @@ class TestUpdate:
         assert list(program.updates) == ["low"]
         assert mlodeco.update.__name__ == "update"
         assert mlodeco.update.__doc__ == Program.update.__doc__
-        assert list(inspect.signature(mlodeco.update).parameters) == ["level"]
+        assert list(inspect.signature(mlodeco.update).parameters) == ["level", "unknown"]
 
     def test_is_counted(self, program):
         program.update("low")(rule)

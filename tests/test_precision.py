@@ -762,6 +762,7 @@ def processes(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", precision_worker.CASES)
 def test_an_overflow_in_one_process_skips_the_step_of_all(case, processes):
     first, second = (found[case] for found in processes)
@@ -774,6 +775,7 @@ def test_an_overflow_in_one_process_skips_the_step_of_all(case, processes):
     assert all(bool(t.isfinite().all()) for t in first["state"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", precision_worker.NOT_FINITE)
 def test_a_policy_is_that_of_all_processes(case, processes):
     method, at, _ = case
@@ -788,6 +790,7 @@ def test_a_policy_is_that_of_all_processes(case, processes):
         assert not all(bool(t.isfinite().all()) for t in found["state"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "cause"),
     [("no", "arises in the functions. (In process 1.)"), ("fp16", "has 3 inf. (In process 1.)")],
@@ -799,6 +802,7 @@ def test_the_process_that_is_at_fault_is_named(precision, cause, processes):
     assert silent == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp16", 0.001)])
 @pytest.mark.parametrize("method", precision_worker.METHODS)
 @pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")

@@ -182,6 +182,7 @@ def tolerance(name):
     return 1e-6 if "difference" in name else 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", UNROLLED)
@@ -264,6 +265,7 @@ def run_by_hand(make, top, method, optimizer, *, turns=3, init=True):
     return means, {n: p.detach().clone() for n, p in made[0].named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", ["unroll", "checkpoints", "kept", "forward", "cg", "sama"])

@@ -151,6 +151,7 @@ def descent(model):
     return torch.tensor([after(-shift) - after(shift) for shift in shifts], dtype=torch.float64)
 
 
+@pytest.mark.slow
 # on a few samples the curvature is negative now and then, of which a run warns
 @pytest.mark.filterwarnings("ignore::mlodeco.errors.SolverWarning")
 @pytest.mark.parametrize("model", MODELS)

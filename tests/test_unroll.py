@@ -139,6 +139,7 @@ def test_scalars_of_the_state_in_single_precision(kind):
 # options of the level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Unroll(), UnrollForward()], ids=str)
 @pytest.mark.parametrize("bound", [0.02, 0.3, 100.0])
 @pytest.mark.parametrize("name", SOME)
@@ -162,6 +163,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Unroll(), UnrollForward()], ids=str)
 @pytest.mark.parametrize(
     ("schedule", "name"),
@@ -249,6 +251,7 @@ def test_batch_norm_in_training_mode():
 # options of the methods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Unroll, UnrollForward])
 @pytest.mark.parametrize("truncate", [1, 3, 7, 20])
 @pytest.mark.parametrize("name", ["sgd_momentum", "adam", "adam_options", "rmsprop_centered"])
@@ -871,6 +874,7 @@ def test_dropout_is_the_same_for_the_same_seed(method):
     assert not same(list(first.values()), list(other.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "graphs", "forward"])
 def test_masks_of_the_roll_are_those_of_its_derivative(method):
     """By differences of the rolled loss, whose masks the seed decides."""
@@ -1007,6 +1011,7 @@ RUNS_BY_METHOD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), RUNS_BY_METHOD)
 def test_in_a_run_the_steps_that_were_made(name, method):
     optimizer, options = RUNS[name]

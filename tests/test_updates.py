@@ -1558,6 +1558,7 @@ MAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKES)
 def test_no_graph_is_kept_from_step_to_step(make):
     """But where it is asked for; parameters and states are no part of a graph."""
