@@ -469,7 +469,7 @@ def row(name, seconds=0.01, error=0.5, **changes):
 def printed(found, width=100):
     console = Console(width=width, force_terminal=False)
     with console.capture() as captured:
-        console.print(comparison_table(found))
+        console.print(comparison_table(found, width))
     return captured.get()
 
 
@@ -497,17 +497,27 @@ def test_the_table():
     assert "do not start alike" not in printed(made([row("a"), row("b")]))
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
 @pytest.mark.parametrize("levels", [["top"], ["reweight", "top"]], ids=len)
-def test_the_table_fits_into_100_columns(levels):
+def test_the_table_fits_into_the_terminal(levels, width):
     name = "neumann(num_terms=10, step_size='auto', product='reverse_over_forward')"
     curves = {f"a long metric {i}": [(2, 1.0, -1234.5678)] for i in range(5)}
     agreement = dict.fromkeys(levels, Agreement(1.2e-17, -0.123, 1.5e-11))
     given = {"start": agreement, "end": agreement, "curves": curves, "memory": 123 << 30}
-    text = printed(made([row(name, seconds=12.3, **given), row("cg")], levels=levels))
-    assert max(map(len, text.splitlines())) <= 100
+    text = printed(made([row(name, seconds=12.3, **given), row("cg")], levels=levels), width)
+    assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
+    assert min(line.find("cg") for line in text.splitlines() if "cg" in line) == 1
+    assert name[:14] in text
     for figure in ("1.2e-17", "-0.123", "1.5e-11", "12300", " 1230", "125952", "-1235"):
         assert figure in text
+
+
+def test_a_narrow_terminal_has_several_tables():
+    names = ["neumann", "finite_difference"]
+    for width, tables in (60, 3), (80, 2), (93, 2), (94, 1):
+        text = printed(made(list(map(row, names))), width)
+        assert text.count(" method ") == text.count(" finite_difference ") == tables
 
 
 LONG = "neumann(num_terms=10, step_size=0.1, damping=0.003)"

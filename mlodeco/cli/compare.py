@@ -412,7 +412,7 @@ def show_comparison(job: Job, out: Path | None) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
-    console.print(comparison_table(found))
+    console.print(comparison_table(found, console.width))
     if out is not None:
         try:
             _write(found, out)

@@ -10,6 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +29,12 @@ _METRICS = 2
 
 _METRIC = 10
 """The width to which the name of a metric is folded."""
+
+_NAME = 20
+"""The width that the name of a method or level has at least, if it is as long."""
+
+_BLANKS = 2
+"""Those of a column: its padding and its line, which is not drawn."""
 
 _ALIKE = 1e-6
 """The relative difference up to which two first losses are the same."""
@@ -111,34 +118,80 @@ def loss_of(level: str) -> str:
     return f"loss of {level}"
 
 
-def comparison_table(found: Comparison) -> Group:
-    """The table, what its columns are, and what is to be said of single methods."""
-    many = len(found.levels) > 1
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column("method", overflow="fold")
-    if many:
-        table.add_column("level", overflow="fold")
-    metrics = found.metrics[: _METRICS - many]
-    titles = [
-        *(f"{when}\n{what}" for when in _moments(found) for what in ("error", "cosine", "length")),
-        *("step\nms", "\nx", "memory\nMB"),
-        *("\n".join(wrap(name, _METRIC)) for name in metrics),
-    ]
-    for title in titles:
-        table.add_column(Text(title), justify="right", no_wrap=True)
+def comparison_table(found: Comparison, width: int) -> Group:
+    """The table, what its columns are, and what is to be said of single methods.
+
+    Args:
+        found: the comparison.
+        width: that of the terminal; where the columns do not fit, there are several tables.
+    """
+    names = _name_columns(found)
+    tables = map(_table, *zip(*((names, part) for part in _parts(found, names, width)), strict=True))
+    return Group(Text(_title(found)), *tables, Text(_caption(found)), *map(Text, _remarks(found)))
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cells: Sequence[str]
+
+    @property
+    def width(self) -> int:
+        """With the blanks around it."""
+        lines = (line for cell in (self.title, *self.cells) for line in cell.split("\n"))
+        return _BLANKS + max(map(cell_len, lines))
+
+
+def _name_columns(found: Comparison) -> list[_Column]:
+    """The method, and the level where there are several: a row for each."""
+    count = len(found.levels)
+    methods = [name for row in found.rows for name in (row.method, *[""] * (count - 1))]
+    levels = _Column("level", [*found.levels] * len(found.rows))
+    return [_Column("method", methods), *([levels] if count > 1 else [])]
+
+
+def _parts(found: Comparison, names: Sequence[_Column], width: int) -> list[list[_Column]]:
+    """The columns of figures, those of each table together: as many as have room."""
+    room = width - sum(min(one.width, _NAME + _BLANKS) for one in names)
+    parts: list[list[_Column]] = []
+    for block in _blocks(found):
+        if parts and sum(one.width for one in (*parts[-1], *block)) <= room:
+            parts[-1] += block
+        else:
+            parts.append(block)
+    return parts
+
+
+def _blocks(found: Comparison) -> Iterator[list[_Column]]:
+    """Accuracy at the start, at the end, then cost and metrics."""
+    for when, moment in zip(_moments(found), ("start", "end"), strict=True):
+        figures = [
+            _agreement(getattr(row, moment).get(level))
+            for row in found.rows
+            for level in found.levels
+        ]
+        titles = [f"{when}\n{what}" for what in ("error", "cosine", "length")]
+        yield list(map(_Column, titles, zip(*figures, strict=True)))
+    metrics = found.metrics[: _METRICS + 1 - len(found.levels[:2])]
     fastest = min((row.seconds for row in found.rows if row.seconds), default=None)
+    figures = []
     for row in found.rows:
-        own = [*_cost(row, fastest), *(_last(row, name) for name in metrics)]
-        for number, level in enumerate(found.levels):
-            is_first = number == 0
-            table.add_row(
-                Text(row.method if is_first else ""),
-                *([Text(level)] if many else []),
-                *_agreement(row.start.get(level)),
-                *_agreement(row.end.get(level)),
-                *(own if is_first else [""] * len(own)),
-            )
-    return Group(Text(_title(found)), table, Text(_caption(found)), *map(Text, _remarks(found)))
+        own = (*_cost(row, fastest), *(_last(row, name) for name in metrics))
+        figures += [own, *[("",) * len(own)] * (len(found.levels) - 1)]
+    titles = ["step\nms", "\nx", "memory\nMiB", *("\n".join(wrap(m, _METRIC)) for m in metrics)]
+    yield list(map(_Column, titles, zip(*figures, strict=True)))
+
+
+def _table(names: Sequence[_Column], figures: Sequence[_Column]) -> Table:
+    """Names are folded where there is no room, figures never."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for one in names:
+        table.add_column(one.title, overflow="fold")
+    for one in figures:
+        table.add_column(Text(one.title), justify="right", no_wrap=True)
+    for cells in zip(*(one.cells for one in (*names, *figures)), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def _title(found: Comparison) -> str:
@@ -155,7 +208,7 @@ def _agreement(found: Agreement | None) -> tuple[str, ...]:
 
 
 def _cost(row: Row, fastest: float | None) -> tuple[str, ...]:
-    """Milliseconds, times the fastest, and megabytes."""
+    """Milliseconds, times the fastest, and mebibytes."""
     known = row.seconds is not None and fastest is not None
     return (
         _three_digits(1e3 * row.seconds) if row.seconds is not None else "-",
