@@ -409,6 +409,30 @@ def test_wrong_usage_is_found_before_the_script_runs(options, session):
     assert "Usage:" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "stray"),
+    [
+        ("run", ["--steps", "4", "extra"], "'extra'"),
+        ("run", ["extra", "--steps", "4", "--", "own"], "'extra'"),
+        ("graph", ["b.py"], "'b.py'"),
+        ("check", ["a", "b", "--", "a", "b"], "'a', 'b'"),
+        ("compare", ["--hypergrad", "cg", "neumann"], "'neumann'"),
+    ],
+)
+def test_arguments_of_the_script_stand_behind_two_dashes(command, options, stray, session):
+    found = session(command, "print('ran')", *options)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert f"{stray}: the script's own arguments stand after --." in found.stderr
+
+
+def test_a_script_may_stand_behind_two_dashes(session):
+    script = session.folder / "script.py"
+    script.write_text(RUN + "assert sys.argv == [__file__, 'x'], sys.argv")
+    with Program():
+        found = CliRunner().invoke(app, ["run", "--", str(script), "x"])
+    assert found.exit_code == 0, found.output
+
+
 def test_a_script_must_be_there():
     assert CliRunner().invoke(app, ["run", "no_such_file.py"]).exit_code == 2
 
@@ -438,6 +462,29 @@ def test_help_and_version(options):
     assert ("Exit codes" in found.stdout) == (options[0] in ("--help", "-h"))
     if options == ["--version"]:
         assert found.stdout == f"mlodeco {mlodeco.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["run", "graph", "check", "compare", "plot"])
+def test_help_has_every_option_whole(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = CliRunner().invoke(app, [command, "--help"]).stdout
+    names = inspect.signature(getattr(commands, command)).parameters
+    for name in names.keys() - {"context", "script", "arguments", "folders"}:
+        option = {"settings": "set", "form": "format", "methods": "hypergrad"}.get(name, name)
+        assert f"--{option.replace('_', '-')} " in text.replace("/", " ").replace("\n", " ")
+    assert max(map(len, text.splitlines())) <= 80
+    text.encode("ascii")
+
+
+def test_a_terminal_without_other_letters_than_ascii_will_do(tmp_path):
+    """Help, a graph, an error with a letter of a script's own."""
+    script = tmp_path / "script.py"
+    script.write_text(HEAD.replace('"decay"', '"zerfäll"').replace("decay", "zerfäll"))
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    for options in ["run", "--help"], ["graph", script], ["run", script, "--set", "zerfall.a=1"]:
+        done = python("-m", "mlodeco", *options, **ascii_only)
+        assert "UnicodeEncodeError" not in done.stderr
+        assert done.returncode == (2 if "--set" in options else 0), done.stderr
 
 
 LIGHT = """

@@ -6,14 +6,16 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 import mlodeco
 from mlodeco.declare.registry import LEVEL_OPTIONS
-from mlodeco.errors import MlodecoError
+from mlodeco.errors import MlodecoError, quoted
 
 # what needs torch is imported where it is used: help and completion do not wait for it
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables cut the names of options off, and are not ASCII
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 fine, 1 an error of the script or its program, 2 a wrong command line, "
     "130 Ctrl-C, 143 SIGTERM. A script's own sys.exit(n) is kept.",
@@ -32,6 +35,26 @@ def _complete_setting(incomplete: str) -> list[str]:
     """The options of a level; its name is known to the script alone."""
     level, point, option = incomplete.partition(".")
     return [f"{level}.{one}=" for one in LEVEL_OPTIONS if point and one.startswith(option)]
+
+
+class ScriptCommand(TyperCommand):
+    """A command whose script has its own arguments after ``--``, and nowhere else."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments of the command, read into the context.
+
+        Raises:
+            BadParameter: one of the script's stands before ``--``.
+        """
+        behind = args[args.index("--") + 1 :] if "--" in args else []
+        rest = super().parse_args(ctx, args)
+        own = ctx.params.get("arguments") or ()
+        stray = own[: max(len(own) - len(behind), 0)]
+        if stray and not ctx.resilient_parsing:
+            raise typer.BadParameter(
+                f"{quoted(stray)}: the script's own arguments stand after --.", ctx=ctx
+            )
+        return rest
 
 
 Script = Annotated[
@@ -61,6 +84,9 @@ Nested = Annotated[
 
 def main() -> None:
     """The entry point; of a wrong command line the main process alone tells."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what is shown may have letters it has not
     if _is_main():
         app(prog_name="mlodeco")
     try:
@@ -96,7 +122,7 @@ def _common(
     """Multilevel optimization: run and look at the programs of scripts."""
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def run(
     context: typer.Context,
     script: Script,
@@ -174,7 +200,7 @@ def run(
     _execute(script, arguments, settings, train, traceback=traceback)
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def graph(
     script: Script,
     arguments: Arguments = None,
@@ -198,7 +224,7 @@ def graph(
     _show(script, arguments, settings, draw, traceback=traceback)
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def check(
     script: Script,
     arguments: Arguments = None,
@@ -228,7 +254,7 @@ def check(
     _show(script, arguments, settings, compare, traceback=traceback)
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def compare(
     script: Script,
     methods: Annotated[
