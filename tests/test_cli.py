@@ -220,6 +220,41 @@ def test_a_script_with_a_runner_of_its_own_is_not_trained_twice(session):
     assert "trains by a Runner of its own" in found.stderr
 
 
+OWN = HEAD.replace("@level(", "@p.level(").replace("\n@p", "\np = mlodeco.Program()\n@p", 1)
+
+
+def test_a_script_with_a_program_and_a_runner_of_its_own_runs_as_it_is(session):
+    text = OWN + "runner = mlodeco.Runner(p)\nrunner.run(2)\nprint(runner.tick)"
+    found = session("run", text)
+    assert (found.exit_code, found.stdout, found.stderr) == (0, "2\n", "")
+    found = session("run", text, "--steps", "3")
+    assert found.exit_code == 1
+    assert "trains by a Runner of its own" in found.stderr
+    for use in "mlodeco.Runner(p)", "mlodeco.hypergradient('decay', program=p)":
+        assert session("run", OWN + use).exit_code == 0
+    found = session("run", OWN)
+    assert found.exit_code == 1
+    assert "Remedy: add --steps 1000" in found.stderr
+    assert "all 2 steps" in session("run", OWN, "--steps", "2").stderr
+    found = session("check", text)
+    assert "Neumann()" in found.stdout
+    assert found.stdout.endswith("measured after the script's own 2 ticks\n")
+    assert "measured after" not in session("check", OWN).stdout
+
+
+def test_the_only_program_of_a_script_is_shown(session):
+    done = CliRunner().invoke(app, ["graph", str(ROOT / "examples" / "figure1.py")])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines.count(lines[0]) == 2  # printed by the script, then by the command
+    assert "decay" in session("graph", OWN + "mlodeco.Program()").stdout
+    both = OWN + "q = mlodeco.Program()\nq.level('x', module={'w': torch.ones(1)})(train)"
+    found = session("graph", both)
+    assert found.exit_code == 1
+    assert "declares its levels in several Programs that no run() was given" in found.stderr
+    assert session("run", both + "\nmlodeco.Runner(p).run(1)").exit_code == 0
+
+
 @pytest.mark.parametrize("form", ["text", "mermaid", "dot"])
 def test_graph_shows_and_does_not_train(form, session):
     text = HEAD + "try:\n    run(4)\nexcept Exception:\n    pass\nprint('trained')"

@@ -185,7 +185,7 @@ def run(
 
     A script that only declares levels is trained as it ends.
     """
-    from mlodeco.cli.script import no_steps, refuse_second_training
+    from mlodeco.cli.script import end_of_own, first_program, refuse_second_training
 
     options = _options_of_run(context)
 
@@ -194,10 +194,10 @@ def run(
         if "steps" not in given:
             refuse_second_training(script, given["program"], asked=bool(options or settings))
         if "steps" not in wanted:
-            raise no_steps(script)
+            raise end_of_own(script, given["program"])
         return run(**wanted)
 
-    _execute(script, arguments, settings, train, traceback=traceback)
+    _execute(script, arguments, settings, train, first_program, traceback=traceback)
 
 
 @app.command(cls=ScriptCommand)
@@ -374,13 +374,13 @@ def _show(
     traceback: bool,
 ) -> None:
     """Shows what a script would train."""
-    from mlodeco.cli.script import Shown
+    from mlodeco.cli.script import Shown, only_program
 
     def act(run: object, given: dict[str, Any]) -> NoReturn:
         show(given)
         raise Shown
 
-    _execute(script, arguments, settings, act, traceback=traceback)
+    _execute(script, arguments, settings, act, only_program, traceback=traceback)
 
 
 def _execute(
@@ -388,6 +388,7 @@ def _execute(
     arguments: list[str] | None,
     settings: list[str] | None,
     act: Callable[..., Any],
+    choose: Callable[..., mlodeco.Program],
     *,
     traceback: bool,
 ) -> None:
@@ -396,7 +397,7 @@ def _execute(
 
     read = _read(settings)
     with outcome(with_traceback=traceback):
-        execute(script, arguments or (), read, act)
+        execute(script, arguments or (), read, act, choose)
 
 
 def _read(settings: list[str] | None) -> list[Setting]:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from mlodeco.cli.script import Shown, execute, no_steps, refuse_second_training
+from mlodeco.cli.script import Shown, execute, no_steps, only_program, refuse_second_training
 from mlodeco.cli.settings import apply_settings, read_setting
 from mlodeco.errors import MethodError, MlodecoError, MlodecoWarning, RunError, quoted
 from mlodeco.hypergrad import UNREADABLE, read_method
@@ -242,7 +242,8 @@ def work(job: Job, result: Path) -> None:
         result.write_text(json.dumps(found), encoding="utf-8")
         raise Shown
 
-    execute(script, job.arguments, [read_setting(text) for text in job.settings], act)
+    settings = [read_setting(text) for text in job.settings]
+    execute(script, job.arguments, settings, act, only_program)
 
 
 def _measure_all(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
