@@ -782,6 +782,16 @@ def test_what_a_module_has_learned_stays():
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["decay.hypergrad=neuman", "weights.optimizer=None", "weights.replicas=2"],
+)
+def test_an_error_that_the_run_finds_says_which_setting_it_comes_from(text, session):
+    found = session("run", RUN, "--set", "decay.clip_norm=1.0", "--set", text)
+    assert found.exit_code == 1
+    assert f"--set {text}" in found.stderr.rpartition("Set by: ")[2]
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("lo.inner_steps=3", "Did you mean 'low'?"),

@@ -333,10 +333,9 @@ def third(m, top):
         assert identity["error"] is None
 
     def test_it_fails_if_all_do(self, script):
-        found = compare(script, "broken,nope")
+        found = compare(script, "broken")
         assert found.exit_code == 1
         assert "no luck" in found.stdout
-        assert "there is no method 'nope'" in found.stdout
         assert found.stdout.count("no luck") == 1
 
     def test_without_matplotlib_the_table_comes(self, script, monkeypatch, tmp_path):
@@ -394,6 +393,17 @@ def test_a_launcher_of_several_processes_is_refused(script, monkeypatch):
     found = compare(script, "cg")
     assert found.exit_code == 1
     assert "Remedy: run it without a launcher" in found.stderr
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("methods", ["cg,cgg", "broken,{'low': cgg}"])
+def test_a_method_that_there_is_not_is_found_before_any_is_measured(methods, script, monkeypatch):
+    monkeypatch.setattr(comparing, "_measured", None)
+    monkeypatch.setattr(comparing, "_train", None)
+    found = compare(script, methods)
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert "there is no method 'cgg'" in found.stderr
+    assert "Did you mean 'cg'?" in found.stderr
 
 
 def test_a_folder_that_cannot_be_is_found_before_anything_runs(script, tmp_path):
@@ -539,8 +549,13 @@ def test_no_text_of_the_picture_is_cut_or_covered(names):
     assert whole.x1 <= figure.get_figwidth()
     assert whole.y1 <= figure.get_figheight()
     trade = figure.axes[0]
-    boxes = [text.get_window_extent() for text in trade.texts]
-    assert len(boxes) >= len(names)
+    boxes = [text.get_window_extent() for text in trade.texts if text.get_text()]
+    assert len(boxes) == len(names) + 1, "each point has its name"
+    assert trade.get_ylim()[0] > 1e-12
+    assert "at 1e-8: that or less" in trade.get_ylabel()
+    assert all(tick == int(tick) for tick in figure.axes[1].get_xticks())
+    low, high = trade.get_xlim()
+    assert sum(low <= tick <= high for tick in trade.get_xticks()) >= 3
     for number, box in enumerate(boxes):
         assert all(trade.bbox.contains(*corner) for corner in box.corners())
         assert not any(box.overlaps(other) for other in boxes[:number])

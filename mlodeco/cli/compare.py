@@ -20,7 +20,7 @@ from rich.console import Console
 from mlodeco.cli.script import Shown, execute, no_steps, only_program, refuse_second_training
 from mlodeco.cli.settings import apply_settings, read_setting
 from mlodeco.errors import MethodError, MlodecoError, MlodecoWarning, RunError, quoted
-from mlodeco.hypergrad import UNREADABLE, read_method
+from mlodeco.hypergrad import UNREADABLE, read_method, resolve
 from mlodeco.runtime import Build, History, Result, Runner, seed_all
 from mlodeco.runtime.checking import Agreement, Yardstick, check_damping, dampings_of
 from mlodeco.runtime.checkpoint.journal import plain
@@ -251,6 +251,7 @@ def _measure_all(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
     runner = _runner(job, given)
     levels = _levels(runner.built, job.levels)
     check_damping(job.damping)
+    _check_names(job.methods, runner.built)
     own = dampings_of(runner.built)
     dampings = own if job.damping is None else dict.fromkeys(own, job.damping)
     if job.at:
@@ -267,6 +268,17 @@ def _measure_all(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
         "dampings": [[*edge, size] for edge, size in dampings.items()],
         "measured": measured,
     }
+
+
+def _check_names(methods: Sequence[str], built: Build) -> None:
+    """Refuses what is neither a method of the library nor one of the program.
+
+    Raises:
+        MethodError: one is.
+    """
+    for spec in map(read_method, methods):
+        for one in spec.values() if isinstance(spec, Mapping) else (spec,):
+            resolve(one, built.custom)
 
 
 def _train(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlodeco
 from mlodeco.api import Takeover, current_program, first_run_to
-from mlodeco.cli.settings import Setting, apply_settings
+from mlodeco.cli.settings import Setting, apply_settings, settings_told
 from mlodeco.errors import RunError
 
 
@@ -46,7 +46,8 @@ def execute(
     def take_over(run: Callable[..., mlodeco.Result], given: dict[str, Any]) -> mlodeco.Result:
         calls.append(given)
         apply_settings(settings, given["program"])
-        return act(run, given)
+        with settings_told(settings):
+            return act(run, given)
 
     with _main_module(script, arguments) as main, first_run_to(take_over) as made:
         try:

@@ -107,6 +107,18 @@ def _attributed(settings: Sequence[Setting]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def settings_told(settings: Sequence[Setting]) -> Iterator[None]:
+    """Adds to an error of a level which settings that level has."""
+    try:
+        yield
+    except MlodecoError as error:
+        made = [setting for setting in settings if setting.level == error.level]
+        if made and not hasattr(error, "__notes__"):
+            error.add_note(f"  Set by: {_written(made)}")
+        raise
+
+
 def _written(settings: Sequence[Setting]) -> str:
     return ", ".join(f"--set {one.text}" for one in settings)
 

@@ -126,7 +126,9 @@ def comparison_table(found: Comparison, width: int) -> Group:
         width: that of the terminal; where the columns do not fit, there are several tables.
     """
     names = _name_columns(found)
-    tables = map(_table, *zip(*((names, part) for part in _parts(found, names, width)), strict=True))
+    tables = map(
+        _table, *zip(*((names, part) for part in _parts(found, names, width)), strict=True)
+    )
     return Group(Text(_title(found)), *tables, Text(_caption(found)), *map(Text, _remarks(found)))
 
 
@@ -269,13 +271,22 @@ _MARKERS: Final = "os^DvPX*"
 
 _PLACES: Final = [
     (dx, dy, ha)
-    for dy in (0, 9, -9, 18, -18, 27, -27, 36, -36)
-    for dx, ha in ((6, "left"), (-6, "right"))
+    for dy in (0, *(sign * size for size in range(10, 100, 9) for sign in (1, -1)))
+    for dx, ha in ((6, "left"), (-6, "right"), *([(0, "center")] if dy else []))
 ]
 """Where a name may stand, in points from its own: beside, then above and below."""
 
-_LEAST_ERROR = 1e-16
-"""Smaller errors, zero too, are drawn there."""
+_FOLDED = 24
+"""The letters of a line of a name."""
+
+_FAR = 12
+"""Points from which on a line leads to a name."""
+
+_LEAST_ERROR = 1e-8
+"""Smaller errors, zero too, are drawn there: they are rounding, and would stretch the axis."""
+
+_WIDE = 10
+"""How far apart times are on a logarithmic axis."""
 
 
 def comparison_figure(found: Comparison) -> Figure:
@@ -291,7 +302,7 @@ def comparison_figure(found: Comparison) -> Figure:
         figure = Figure(figsize=(11, 4))
         trade, ticks, seconds = figure.subplots(1, 3)
         metric = found.metrics[0]
-        points = []
+        points: list[tuple[Any, ...]] = []
         for number, row in enumerate(found.rows):
             look: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
             point = _point(row)
@@ -303,17 +314,22 @@ def comparison_figure(found: Comparison) -> Figure:
             ticks.plot([t for t, _, _ in curve], [v for _, _, v in curve], label=name, **look)
             seconds.plot([s for _, s, _ in curve], [v for _, _, v in curve], **look)
         when = "where training starts" if found.at == 0 else f"at tick {found.at}"
-        trade.set(xlabel="ms a step", ylabel="relative error of the hypergradient")
+        times, sizes = [x for x, _, _ in points], [y for _, y, _ in points]
+        floor = "\n(at 1e-8: that or less)" if _LEAST_ERROR in sizes else ""
+        trade.set(xlabel="ms a step", ylabel=f"relative error of the hypergradient{floor}")
         trade.set_title(f"error {when}", fontsize=9)
         ticks.set(xlabel="ticks", ylabel=metric)
+        ticks.locator_params(axis="x", integer=True)
         seconds.set(xlabel="seconds", ylabel=metric)
         figure.legend(loc="outside lower center", ncols=min(len(found.rows), 4))
         figure.suptitle(f"{PurePath(found.script).name}, seed {found.seed}", fontsize=10)
         if points:
-            trade.set(xscale="log", yscale="log")
-            trade.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            trade.xaxis.set_major_formatter("{x:g}")
-            trade.xaxis.set_minor_formatter(NullFormatter())
+            trade.set(yscale="log")
+            if max(times) > _WIDE * min(times):
+                trade.set(xscale="log")
+                trade.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                trade.xaxis.set_major_formatter("{x:g}")
+                trade.xaxis.set_minor_formatter(NullFormatter())
             trade.margins(0.25)
             _name(figure, trade, points)
         return figure
@@ -339,7 +355,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None
     for x, y, name in points:
         for dx, dy, ha in _PLACES:
             text = axes.annotate(
-                name,
+                "\n".join(wrap(name, _FOLDED)),
                 (x, y),
                 xytext=(dx, dy),
                 textcoords="offset points",
@@ -349,8 +365,11 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None
             )
             text.set_in_layout(False)
             extent = text.get_window_extent()
-            is_inside = all(axes.bbox.contains(x, y) for x, y in extent.corners())
+            is_inside = all(axes.bbox.contains(*corner) for corner in extent.corners())
             if is_inside and not any(extent.overlaps(other) for other in taken):
                 taken.append(extent)
+                if abs(dy) > _FAR:
+                    line = {"arrowstyle": "-", "linewidth": 0.5}
+                    axes.annotate("", (x, y), (dx, dy), textcoords="offset points", arrowprops=line)
                 break
             text.remove()
