@@ -167,6 +167,14 @@ def test_a_run_is_kept_and_goes_on(session):
     assert found.stdout == "over\n", found.output
 
 
+@pytest.mark.parametrize("option", ["--keep=2", "--checkpoint-every=2", "--resume=auto"])
+def test_what_needs_a_folder_says_so_as_the_command_line_has_it(option, session):
+    found = session("run", RUN, option)
+    assert found.exit_code == 1
+    assert f"{option.partition('=')[0]} is given and --out is not" in found.stderr
+    assert "--out runs/one" in found.stderr
+
+
 def test_trackers_that_are_not_known(session):
     found = session("run", RUN, "--log-with", "tensorbord")
     assert found.exit_code == 1

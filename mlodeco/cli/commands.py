@@ -185,7 +185,12 @@ def run(
 
     A script that only declares levels is trained as it ends.
     """
-    from mlodeco.cli.script import end_of_own, first_program, refuse_second_training
+    from mlodeco.cli.script import (
+        end_of_own,
+        first_program,
+        refuse_second_training,
+        require_folder,
+    )
 
     options = _options_of_run(context)
 
@@ -195,6 +200,7 @@ def run(
             refuse_second_training(script, given["program"], asked=bool(options or settings))
         if "steps" not in wanted:
             raise end_of_own(script, given["program"])
+        require_folder(options, wanted.get("out"))
         return run(**wanted)
 
     _execute(script, arguments, settings, train, first_program, traceback=traceback)

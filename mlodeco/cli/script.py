@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -142,3 +142,19 @@ def refuse_second_training(script: Path, program: mlodeco.Program, *, asked: boo
             remedy="call mlodeco.run() in the script, or leave the options out.",
         )
     raise Shown
+
+
+def require_folder(options: Mapping[str, Any], out: object) -> None:
+    """Refuses options of the command line about checkpoints where there is no folder for them.
+
+    Raises:
+        RunError: there is none.
+    """
+    needing = ["checkpoint_every", "keep", *(["resume"] if options.get("resume") == "auto" else [])]
+    for name in needing:
+        if name in options and out is None:
+            raise RunError(
+                f"--{name.replace('_', '-')} is given and --out is not.",
+                expected="a folder for the checkpoints.",
+                remedy="on the command line: --out runs/one, for instance.",
+            )
