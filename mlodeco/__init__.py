@@ -56,7 +56,18 @@ __all__ = [
     "validate",
 ]
 
-_MODULES = ("errors", "hypergrad", "tree")
+_MODULES = (
+    "api",
+    "calculus",
+    "cli",
+    "declare",
+    "errors",
+    "graph",
+    "hypergrad",
+    "runtime",
+    "show",
+    "tree",
+)
 _HOMES = ("api", "declare.replicas", "errors", "runtime", "show")
 
 
@@ -65,13 +76,13 @@ def __getattr__(name: str) -> Any:
 
     The command line says what it can do without waiting for that.
     """
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     homes = (vars(import_module(f"{__name__}.{home}")) for home in _HOMES)
     return globals().setdefault(name, next(home[name] for home in homes if name in home))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

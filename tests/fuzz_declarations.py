@@ -2,8 +2,8 @@
 
 Each begins as one that is in order, made of fuzz_parts; then up to three things about it are
 changed. It is declared, drawn, differentiated, run, saved and resumed.
-``python -m tests.fuzz_declarations 10000`` prints how these ended, and which parts were in runs
-that were accepted.
+``python -m tests.fuzz_declarations 10000`` prints how these ended, and a few seeds whose runs
+together take every part, which are those of the tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
@@ -40,7 +40,12 @@ from mlodeco.errors import CheckpointError
 from mlodeco.hypergrad import CG, NAMES, read_method
 from mlodeco.runtime.checkpoint import folder
 from tests import fuzz_parts as parts
-from tests.fuzz_parts import BATCH, loss_of
+from tests.fuzz_parts import BATCH, define, loss_of
+
+PACKAGE = str(Path(mlodeco.__file__).parent)
+MINE = (__file__, parts.__file__)
+PASSING_ON = ("return func(*args, **kwargs)", "return self.intercept(func, args, kwargs or {})")
+"""Where the package stands between a person's function and torch's that it calls."""
 
 SECONDS = 30
 """What a program may take."""
@@ -254,6 +259,19 @@ class OddRepr:
         return "odd " * 1000
 
 
+def owned(kind: Any) -> Any:
+    """The class of optimizers as one that is written here, which may fail."""
+
+    class Own(kind):  # type: ignore[misc]
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, **options)
+
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    return Own
+
+
 async def coroutine(model: Any) -> Any:
     return model
 
@@ -274,27 +292,37 @@ def junk(r: Random) -> Any:
 def odd_name(r: Random) -> Any:
     if r.random() < 0.3:
         return "".join(chr(r.randrange(0x110000)) for _ in range(r.randrange(4)))
-    return r.choice((
-        "low", "top", "mid", "task", "x", "batch", "ctx", "", " ", "class", "None", "__init__",
-        "a.b",
-        "é", "日本", "a" * 5000, "1a", "\n", "\x00", "a/b", "..", "CON", "self", "params", "💥",
-        "\ud800", None, 1, True, b"low", ("low",), [], {}, len, float("nan"), "_", "__dict__",
-        "grads", "loww",
-    ))  # fmt: skip
+    words = "low top mid task x batch ctx class None __init__ a.b é 日本 1a a/b .. self params 💥"
+    more = (
+        "",
+        " ",
+        "\n",
+        "\x00",
+        "\ud800",
+        "a" * 5000,
+        None,
+        1,
+        b"low",
+        ("low",),
+        [],
+        len,
+        "grads",
+    )
+    return r.choice([*words.split(), *more, "loww", float("nan")])
 
 
 def odd_modules(r: Random) -> Any:
     integers = nn.Module()
     integers.n = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    kinds = [torch.half, torch.cfloat, torch.int64]
+    tensors = [torch.eye(2).to_sparse(), torch.ones(2, dtype=r.choice(kinds)), torch.empty(0)]
+    tensors += [torch.ones(1, device="meta"), torch.tensor(float("nan")), junk(r)]
     key = r.choice(["", "a.b", "keys", "x", 1, None, "é", "class", ("a",)])
     return r.choice([
-        {key: torch.ones(1)}, {"x": junk(r)}, nn.ReLU(), integers, nn.Linear(2, 1, device="meta"),
-        nn.Linear(1, 1).requires_grad_(False), nn.LazyLinear(2), {"x": torch.eye(2).to_sparse()},
-        {"x": torch.ones(2, dtype=torch.cfloat)}, {"x": torch.empty(0)},
-        {"x": torch.ones(2).half()},
-        {"x": torch.ones(1, device="meta")}, {"x": torch.tensor(float("nan"))}, fail, "low", "top",
-        lambda a: nn.Linear(2, 1), lambda: fail(), nn.Embedding(3, 2, sparse=True), lambda: "low",
-        nn.Parameter(torch.ones(2)), nn.Linear(2, 1).state_dict(), nn.ModuleList(), {},
+        {key: torch.ones(1)}, nn.ReLU(), integers, nn.Linear(2, 1, device="meta"), nn.LazyLinear(2),
+        nn.Linear(1, 1).requires_grad_(False), {"x": r.choice(tensors)}, {"x": r.choice(tensors)},
+        fail, "low", "top", lambda a: nn.Linear(2, 1), lambda: fail(), lambda: "low", {},
+        nn.Parameter(torch.ones(2)), nn.ModuleList(), nn.Embedding(3, 2, sparse=True),
     ])  # fmt: skip
 
 
@@ -305,19 +333,18 @@ def odd_data(r: Random) -> Any:
         lambda: [BATCH], lambda: iter([BATCH]), lambda: junk(r), {"a b": [BATCH]}, [junk(r)],
         [BATCH, junk(r)], [BATCH, BATCH * float("nan")], [BATCH, BATCH[:0]], lambda x: [BATCH],
         {"a": failing_items}, OddState({"at": "x"}), [BATCH, BATCH.to_sparse()], OddState(junk(r)),
-        [parts.loader, {"x": 1}], DataLoader([1, None]), [BATCH.numpy()], {"class": [BATCH]},
+        [parts.loader, {"x": 1}], DataLoader([1, 2], collate_fn=fail), [BATCH.numpy()],
     ])  # fmt: skip
 
 
 def odd_optimizers(r: Random) -> Any:
     mine = [nn.Parameter(torch.ones(1))]
     given = junk(r)
+    kinds = [optim.LBFGS, optim.Rprop, optim.SparseAdam, optim.Adafactor, SGD]
+    rates = [float("nan"), -1.0, 0.0, torch.tensor(0.1), 1e300, given]
     return r.choice([
-        SGD, None, fail, lambda params: given, SGD(mine, lr=0.1), lambda params: SGD(mine, lr=0.1),
-        lambda a, b: None, torch.optim.LBFGS, torch.optim.Rprop, torch.optim.SparseAdam,
-        torch.optim.Adafactor, partial(SGD, lr=float("nan")), partial(SGD, lr=-1.0),
-        partial(SGD, lr=0.0),
-        partial(SGD, lr=torch.tensor(0.1)), partial(SGD, lr=1e300), partial(SGD, lr=given),
+        None, fail, lambda params: given, SGD(mine, lr=0.1), lambda params: SGD(mine, lr=0.1),
+        lambda a, b: None, owned(r.choice(kinds)), *(partial(owned(SGD), lr=n) for n in rates),
     ])  # fmt: skip
 
 
@@ -340,18 +367,16 @@ ODD: dict[str, Callable[[Random], Any]] = {
     "data": odd_data,
     "optimizer": odd_optimizers,
     "hypergrad": odd_methods,
-    "scheduler": lambda r: r.choice([fail, lambda optimizer: junk(r), lambda: None, SGD]),
+    "scheduler": lambda r: r.choice([fail, lambda optimizer: junk(r), lambda: None, owned(SGD)]),
     "lower": odd_lists,
     "reads": odd_lists,
     "params": lambda r: r.choice([
-        lambda n: True, lambda n: False, ["weight"], ["nope"], fail, lambda n: junk(r), [junk(r)],
-        nn.Linear(1, 1).parameters(),
+        lambda n: False, ["weight"], ["nope"], fail, lambda n: junk(r), [junk(r)], failing_items(),
     ]),
     "fields": lambda r: r.choice([("x", "y", "z"), ("x",), ("batch",), ("a b",), "xy", ["low"]]),
     "tune": lambda r: r.choice([
         {"lr": lambda low: 0.1}, {"lr": fail}, {"lr": lambda top: junk(r)}, {"nope": len},
-        {1: fail},
-        {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()}, {"lr": lambda top: fail()},
+        {1: fail}, {"lr": lambda nobody: 1}, {"momentum": lambda top: top.x.sum()},
     ]),
     "replicas": lambda r: r.choice([1, 3, 0, -(10**6), 10**30]),
     "init_from": lambda r: r.choice(["top", "low", "nobody", "", "mid"]),
@@ -370,13 +395,9 @@ def a_level(plan: Plan, r: Random) -> Level:
 
 
 def change_option(plan: Plan, r: Random) -> None:
-    option = r.choice((*LEVEL_OPTIONS, "lr", "modul"))
-    a_level(plan, r).options[option] = oddly(option, r)
-
-
-def change_part(plan: Plan, r: Random) -> None:
     options = a_level(plan, r).options
-    options[option] = oddly(option := r.choice(list(options)), r)
+    option = r.choice([*options, *options, *LEVEL_OPTIONS, "lr"])
+    options[option] = oddly(option, r)
 
 
 def drop_option(plan: Plan, r: Random) -> None:
@@ -397,9 +418,9 @@ def change_signature(plan: Plan, r: Random) -> None:
     level.signature = r.choice([
         "", "*args", "**kwargs", "model, *args, **kwargs", f"*, model, {names}",
         f"model, /, {names}",
-        f"model, {more}{other}=None", "batch", "ctx", f"model, {names}, *args", "self, m",
+        f"model, {more}{other}=None", "batch", "ctx", f"model, {more}*args", "self, m",
         "low, top",
-        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{names}, model", f"model, {other}",
+        f"model, {more}loww=1", f"model, {more}*, extra=2", f"{more}model", f"model, {other}",
         f"model, {more}*, {other}", f"model, {more}{other}",
     ])  # fmt: skip
 
@@ -418,23 +439,13 @@ def change_function(plan: Plan, r: Random) -> None:
 def change_loss(plan: Plan, r: Random) -> None:
     odd = junk(r)
     changes = [
-        lambda loss: odd,
-        lambda loss: (loss, odd),
-        lambda loss: {"loss": loss, "other": odd},
-        lambda loss: (loss, {"own": odd}),
-        lambda loss: {"loss": odd},
-        lambda loss: (loss,),
-        lambda loss: loss * float(r.choice(["nan", "inf", "1e300"])),
-        lambda loss: loss.expand(2),
-        lambda loss: loss.detach(),
-        lambda loss: loss.to(torch.cfloat),
-        lambda loss: loss.to(torch.int64),
-        lambda loss: loss.float(),
-        lambda loss: loss.half(),
-        lambda loss: loss.backward(),
-        lambda loss: loss if r.random() < 0.8 else fail(),
-        lambda loss: loss.numpy(),
-    ]
+        lambda loss: odd, lambda loss: (loss, odd), lambda loss: {"loss": loss, "other": odd},
+        lambda loss: (loss, {"own": odd}), lambda loss: {"loss": odd}, lambda loss: (loss,),
+        lambda loss: loss * float(r.choice(["nan", "inf", "1e300"])), lambda loss: loss.expand(2),
+        lambda loss: loss.detach(), lambda loss: loss.to(r.choice([torch.cfloat, torch.int64])),
+        lambda loss: loss.float(), lambda loss: loss.half(), lambda loss: loss.backward(),
+        lambda loss: loss if r.random() < 0.8 else fail(), lambda loss: loss.numpy(),
+    ]  # fmt: skip
     change = r.choice(changes)
     a_level(plan, r).wrap = lambda function: rewrapped(function, change)
 
@@ -452,7 +463,8 @@ def change_other(plan: Plan, r: Random) -> None:
         case "name":
             given = (odd_name(r), *given[1:])
         case _:
-            names = [*options, "every", "refresh", "level", "data", "monitor", "mode", "patience"]
+            names = [*options, "every", "refresh", "data", "monitor", "mode", "patience"]
+            names += ["level"] if kind != "update" else []
             options = {**options, r.choice([*names, "evry"]): r.choice([junk(r), odd_data(r), 2])}
     plan.others[index] = kind, given, options, value
 
@@ -461,30 +473,18 @@ def odd_value(kind: str, r: Random) -> Any:
     given = junk(r)
     values = {
         "source": [
-            odd_data(r),
-            lambda low: iter([low]),
-            lambda: iter([BATCH, given]),
-            OddState(given),
+            odd_data(r), lambda low: iter([low]), lambda: iter([BATCH, given]), OddState(given),
         ],
-        "on": [
-            lambda grads: None,
-            lambda nobody: None,
-            lambda ctx: ctx.stop(given),
-            lambda **some: 1,
-        ],
+        "on": [lambda grads: None, lambda nobody: None, lambda ctx: ctx.stop(given)],
         "validate": [lambda low: given, lambda: {"own": given}, lambda: {"own": float("nan")}],
         "update": [
-            lambda params: given,
-            lambda params, grads: (params, {}),
-            lambda params: ({}, {}),
-            lambda params, state: (params, given),
-            lambda params, state: (params, {"s": given}),
-            lambda grads: (grads, {"at": "x", 1: torch.ones(2)}),
-            lambda params, **some: params,
+            lambda params: given, lambda params, grads: (params, {}), lambda params: ({}, {}),
+            lambda params, state: (params, given), lambda params, state: (params, {"s": given}),
+            lambda grads: (grads, {"at": "x", 1: torch.ones(2)}), lambda params, **some: params,
         ],
         "track": [OddState(given), OddState({"at": given}), OddState({}), Failing(), parts.Cursor],
         "method": [lambda matvec, b: given, lambda matvec, b: {}, CG, CG(), lambda b: b],
-    }
+    }  # fmt: skip
     return r.choice([*values[kind], given, fail])
 
 
@@ -501,9 +501,8 @@ def change_run(plan: Plan, r: Random) -> None:
 
 
 ODDITIES = (
-    *(change_option, change_option, change_part, change_part, drop_option, change_name),
-    *(change_signature, change_function, change_loss, change_loss, change_other, change_other),
-    *(add_other, change_run),
+    *(change_option, change_option, change_option, drop_option, change_name, change_signature),
+    *(change_function, change_loss, change_loss, change_other, change_other, add_other, change_run),
 )
 
 
@@ -517,9 +516,7 @@ def make_function(level: Level) -> Any:
         text = ", ".join(["model", *level.arguments])
     names = [part.strip().split("=")[0] for part in text.split(",")]
     values = ", ".join(name for name in names if name not in ("", "*", "/") and "**" not in name)
-    made: dict[str, Any] = {}
-    exec(f"def made({text}): return loss_of({values})", {"loss_of": loss_of}, made)
-    return level.wrap(made["made"])
+    return level.wrap(define(text, f"loss_of({values})", loss_of=loss_of))
 
 
 class Attempt:
@@ -541,7 +538,7 @@ class Attempt:
             self.found[f"{what}: {type(error).__name__}"] += 1
             return None
         except Exception as error:
-            if any("raised by" in n or "raised in" in n for n in getattr(error, "__notes__", ())):
+            if is_own(error):
                 self.found[f"{what}: a person's own"] += 1
             else:
                 self.foreign(what, error)
@@ -626,6 +623,14 @@ class Attempt:
             other = self.tried("runner", lambda: Runner(self.declare(plan)))
             self.tried("load", lambda: other.load(path))
             self.tried("step", other.step)
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether code that the package called raised it, and a note says so."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line not in PASSING_ON]
+    last = max((n for n, f in enumerate(frames) if f.filename.startswith(PACKAGE)), default=-1)
+    is_noted = any("raised by" in n or "raised in" in n for n in getattr(error, "__notes__", ()))
+    return is_noted and any(f.filename in MINE for f in frames[last + 1 :])
 
 
 def declare_level(program: Program, level: Level) -> None:
@@ -713,24 +718,48 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         folder._sync = before
 
 
+DEEP = {
+    *(f"hypergrad {part}" for part in parts.OPTIONS["hypergrad"]),
+    *(
+        f"{use}{kind} {part}"
+        for use in ("", "resumed with ")
+        for kind, table in (
+            *(("scheduler", parts.OPTIONS["scheduler"]), ("update", parts.RULES)),
+            *(("source", parts.SOURCES), ("track", {"cursor": None})),
+        )
+        for part in table
+    ),
+}
+"""The parts that runs must be seen to take, and to go on with."""
+
+
+def cover(used: dict[int, set[str]]) -> list[int]:
+    """A few of the seeds, whose programs use all of DEEP that any uses."""
+    left, chosen = DEEP & set().union(*used.values()), []
+    while left:
+        chosen.append(max(used, key=lambda seed: len(used[seed] & left)))
+        left -= used[chosen[-1]]
+    return sorted(chosen)
+
+
 def main(count: int, first: int = 0) -> None:
     found: Counter[str] = Counter()
-    used: Counter[str] = Counter()
+    used: dict[int, set[str]] = {}
     begun = monotonic()
     for seed in range(first, first + count):
         tried = attempt(seed)
+        found.update(tried.found)
+        used[seed] = tried.used
         for key in tried.found:
             if key.startswith("foreign"):
                 print(seed, key, flush=True)
-        found.update(tried.found)
-        used.update(tried.used)
-    for title, counts in (("uses", found), ("parts of accepted runs", used)):
-        print(f"\n{title}:")
-        for key, number in sorted(counts.items()):
-            if not key.startswith("foreign"):
-                print(f"{number:7} {key}")
+    for key, number in sorted(found.items()):
+        if not key.startswith("foreign"):
+            print(f"{number:7} {key}")
+    print(f"\nnever in an accepted run: {sorted(DEEP - set().union(*used.values()))}")
+    print(f"seeds that reach the others: {cover(used)}")
     foreign = sum(number for key, number in found.items() if key.startswith("foreign"))
-    print(f"\n{count} programs, {foreign} foreign, {monotonic() - begun:.0f} s")
+    print(f"{count} programs, {foreign} foreign, {monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":

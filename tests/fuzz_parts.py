@@ -7,37 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    RAdam,
-    RMSprop,
-)
+from torch import nn, optim
+from torch.optim import SGD
 from torch.optim import lr_scheduler as lr
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from mlodeco import Context, Replicas
-from mlodeco.hypergrad import (
-    CG,
-    GMRES,
-    MINRES,
-    NAMES,
-    Dense,
-    Identity,
-    Neumann,
-    Nystrom,
-    Sama,
-    Unroll,
-    UnrollForward,
-    spell,
-)
+from mlodeco import hypergrad as h
 
 Makers = dict[str, Callable[[], Any]]
 
@@ -48,25 +24,17 @@ SHAPES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
     "leaf": {"low": ([], [])},
     "upper": {"low": ([], ["top"]), "top": (["low"], ["low"])},
     "mid": {
-        "low": ([], ["mid"]),
-        "mid": (["low"], ["low", "top"]),
-        "top": (["mid"], ["mid", "low"]),
+        "low": ([], ["mid"]), "mid": (["low"], ["low", "top"]), "top": (["mid"], ["mid", "low"]),
     },
     "feedback": {
-        "low": ([], ["mid", "top"]),
-        "mid": (["low"], ["low", "top"]),
-        "top": (["mid"], ["mid"]),
+        "low": ([], ["mid", "top"]), "mid": (["low"], ["low", "top"]), "top": (["mid"], ["mid"]),
     },
     "two uppers": {
-        "low": ([], ["top", "mid"]),
-        "mid": (["low"], ["low"]),
-        "top": (["low"], ["low"]),
+        "low": ([], ["top", "mid"]), "mid": (["low"], ["low"]), "top": (["low"], ["low"]),
     },
     "four": {
-        "low": ([], ["mid"]),
-        "mid": (["low"], ["low", "high"]),
-        "high": (["mid"], ["mid", "top"]),
-        "top": (["high"], ["high"]),
+        "low": ([], ["mid"]), "mid": (["low"], ["low", "high"]),
+        "high": (["mid"], ["mid", "top"]), "top": (["high"], ["high"]),
     },
 }  # fmt: skip
 """For each level, those below it and those that it reads."""
@@ -154,92 +122,78 @@ def sequence(optimizer: Any) -> Any:
     return lr.SequentialLR(optimizer, parts, milestones=[1])
 
 
+def always(value: Any) -> Callable[[], Any]:
+    """A maker of a value that may be used more than once."""
+    return lambda: value
+
+
+METHODS = (
+    h.Neumann(num_terms=3, warm_start=True, damping=0.1), h.CG(max_steps=2, product="forward"),
+    h.CG(max_steps=3, product="difference", warm_start=True), h.Identity(product="difference"),
+    h.MINRES(max_steps=2, warm_start=True, curvature_batch=0.5), h.Dense(damping=0.1),
+    h.GMRES(max_steps=4, restart=2, warm_start=True, damping=0.1), h.Unroll(keep_graph=True),
+    h.Nystrom(rank=2, seed=1, product="reverse"), h.Sama(scale=0.5, product="difference"),
+    h.Identity(scale=0.1, product="reverse_over_forward"), h.UnrollForward(truncate=1),
+    h.Unroll(truncate=1, checkpoint_every=2), h.Unroll(first_order=True, product="forward"),
+)  # fmt: skip
+
+OPTIMIZERS = (
+    *(optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam),
+    *(optim.Adadelta, optim.Adamax, optim.ASGD),
+)
+
 OPTIONS: dict[str, Makers] = {
     "module": {
         "mapping": lambda: {"x": torch.ones(2)},
         "double": lambda: {"x": torch.ones(2, dtype=torch.double), "y": torch.tensor(0.5)},
-        "layer": lambda: partial(nn.Linear, 2, 1),
-        "dropout": lambda: lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)),
-        "norm": lambda: lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
-        "tied": lambda: Tied,
-        "half frozen": lambda: (
+        "layer": always(partial(nn.Linear, 2, 1)),
+        "dropout": always(lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))),
+        "norm": always(lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
+        "tied": always(Tied),
+        "half frozen": always(
             lambda: nn.ModuleList([nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1)])
         ),
         "bfloat16": lambda: {"x": torch.ones(2, dtype=torch.bfloat16)},
     },
     "optimizer": {
-        "sgd": lambda: partial(SGD, lr=0.1),
-        "momentum": lambda: partial(SGD, lr=0.05, momentum=0.9, nesterov=True),
-        **{
-            kind.__name__: partial(partial, kind, lr=0.01)
-            for kind in (Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax, ASGD)
-        },
-        "of module": lambda: lambda module: SGD([{"params": module.parameters()}], lr=0.1),
-    },
+        "sgd": always(partial(SGD, lr=0.1)),
+        "momentum": always(partial(SGD, lr=0.05, momentum=0.9, nesterov=True)),
+        "of module": always(lambda module: SGD([{"params": module.parameters()}], lr=0.1)),
+    }
+    | {kind.__name__: always(partial(kind, lr=0.01)) for kind in OPTIMIZERS},
     "scheduler": {
-        "step": lambda: partial(lr.StepLR, step_size=1),
-        "exponential": lambda: partial(lr.ExponentialLR, gamma=0.9),
-        "cosine": lambda: partial(lr.CosineAnnealingLR, T_max=4),
-        "restarts": lambda: partial(lr.CosineAnnealingWarmRestarts, T_0=2),
-        "lambda": lambda: lambda optimizer: lr.LambdaLR(optimizer, lambda n: 1 / (1 + n)),
-        "one cycle": lambda: partial(
-            lr.OneCycleLR, max_lr=0.1, total_steps=100, cycle_momentum=False
+        "step": always(partial(lr.StepLR, step_size=1)),
+        "exponential": always(partial(lr.ExponentialLR, gamma=0.9)),
+        "cosine": always(partial(lr.CosineAnnealingLR, T_max=4)),
+        "restarts": always(partial(lr.CosineAnnealingWarmRestarts, T_0=2)),
+        "lambda": always(lambda optimizer: lr.LambdaLR(optimizer, lambda n: 1 / (1 + n))),
+        "one cycle": always(
+            partial(lr.OneCycleLR, max_lr=0.1, total_steps=100, cycle_momentum=False)
         ),
-        "sequence": lambda: sequence,
+        "sequence": always(sequence),
     },
     "data": {
         "list": lambda: [BATCH, BATCH + 1],
         "loader": lambda: loader(batch_size=2),
         "shuffled": lambda: loader(batch_size=2, shuffle=True, drop_last=True),
-        "generator": lambda: items,
+        "generator": always(items),
         "iterable": lambda: DataLoader(Stream(), batch_size=None),
-        "cursor": lambda: lambda: Cursor(),
+        "cursor": always(lambda: Cursor()),
         "fields": lambda: [(BATCH, BATCH)],
         "two": lambda: {"u": [BATCH], "v": [(BATCH, BATCH + 1)]},
     },
-    "hypergrad": {
-        **{name: partial(str, name) for name in NAMES},
-        **{
-            spell(method): partial(lambda method: method, method)
-            for method in (
-                Neumann(num_terms=3, warm_start=True, damping=0.1),
-                Neumann(product="difference", step_size=0.1),
-                CG(max_steps=2, warm_start=True, product="forward"),
-                CG(max_steps=3, product="difference", rtol=1e-3),
-                MINRES(max_steps=2, warm_start=True, curvature_batch=0.5),
-                GMRES(max_steps=4, restart=2, warm_start=True),
-                GMRES(max_steps=4, restart=2, damping=0.1),
-                Nystrom(rank=2, seed=1, product="reverse"),
-                Identity(scale=0.1, product="reverse_over_forward"),
-                Identity(product="difference"),
-                Dense(damping=0.1),
-                Sama(scale=0.5, product="difference"),
-                Unroll(truncate=1, checkpoint_every=2),
-                Unroll(keep_graph=True),
-                Unroll(first_order=True, product="forward"),
-                UnrollForward(truncate=1),
-            )
-        },
-        "None": lambda: None,
-        "mine": lambda: "mine",
-    },
-    "clip_norm": {"clip_norm": lambda: 1.0},
-    "inner_steps": {"inner_steps": lambda: 2},
-    "repeat": {"repeat": lambda: 2},
-    "warmup": {"warmup": lambda: 2},
-    "accumulate": {"accumulate": lambda: 2},
-    "rollback": {"rollback": lambda: True},
-    "precision": {"fp32": lambda: "fp32", "bf16": lambda: "bf16"},
-    "params": {
-        "predicate": lambda: lambda name: not name.endswith("bias"),
-        "all": lambda: lambda name: True,
-    },
+    "hypergrad": {name: always(name) for name in (*h.NAMES, "mine", None)}  # type: ignore[misc]
+    | {h.spell(method): always(method) for method in METHODS},
+    "params": {"predicate": always(lambda name: not name.endswith("bias"))},
+    "precision": {"fp32": always("fp32"), "bf16": always("bf16")},
     "replicas": {
-        "count": lambda: 2,
-        "vmap": lambda: Replicas(2, way="vmap"),
-        "chunks": lambda: Replicas(2, way="vmap", chunk=1),
+        "count": always(2), "vmap": always(Replicas(2, way="vmap")),
+        "chunks": always(Replicas(2, way="vmap", chunk=1)),
     },
-}
+    "clip_norm": {"1": always(1.0)},
+    "rollback": {"on": always(True)},
+    **{name: {"2": always(2)} for name in ("inner_steps", "repeat", "warmup", "accumulate")},
+}  # fmt: skip
 """By option of a level and by name: what makes a value for it."""
 
 ARGUMENTS = {"fields": ["x", "y"], "two": ["u", "v"]}
@@ -260,30 +214,31 @@ def descend(params: Any, grads: Any) -> Any:
 
 def heavy(params: Any, grads: Any, state: Any) -> Any:
     means = {k: g + 0.5 * state["a"][k] if "a" in state else g for k, g in grads.items()}
-    return {k: p - 0.1 * means[k] for k, p in params.items()}, {
-        "a": means,
-        "n": state.get("n", 0) + 1,
-    }
+    count = state.get("n", 0) + 1
+    return {k: p - 0.1 * means[k] for k, p in params.items()}, {"a": means, "n": count}
+
+
+def define(arguments: str, result: str, **known: Any) -> Any:
+    """A function of these arguments, as one that is written here."""
+    made: dict[str, Any] = {}
+    text = f"def made({arguments}): return {result}"
+    exec(compile(text, __file__, "exec"), known, made)
+    return made["made"]
 
 
 def learned_by(name: str) -> Any:
     """A rule whose rate is the level above."""
-    made: dict[str, Any] = {}
-    text = f"def rule(params, grads, {name}): return step(params, grads, {name})"
 
     def step(params: Any, grads: Any, upper: Any) -> Any:
         rate = total(upper).sigmoid() / 10
         return {k: p - (rate * grads[k]).to(p.dtype) for k, p in params.items()}, {}
 
-    exec(text, {"step": step}, made)
-    return made["rule"]
+    return define(f"params, grads, {name}", f"step(params, grads, {name})", step=step)
 
 
 def rate_of(name: str) -> Any:
     """A learning rate computed from the level above."""
-    made: dict[str, Any] = {}
-    exec(f"def rate({name}): return total({name}).sigmoid() / 10", {"total": total}, made)
-    return made["rate"]
+    return define(name, f"total({name}).sigmoid() / 10", total=total)
 
 
 RULES: dict[str, Callable[[str], Any]] = {
@@ -313,15 +268,11 @@ def solve(matvec: Any, b: Any) -> Any:
 
 
 RUNS: dict[str, Makers] = {
-    "seed": {"seed": lambda: 1},
-    "nested": {"nested": lambda: True},
-    "nonfinite": {kind: partial(str, kind) for kind in ("raise", "skip", "warn")},
-    "reduce": {"exact": lambda: "exact", "once": lambda: "once"},
-    "tails": {"drop": lambda: "drop", "pad": lambda: "pad"},
-    "mixed_precision": {"no": lambda: "no", "bf16": lambda: "bf16"},
-    "keep": {"keep": lambda: 1},
-    "checkpoint_every": {"checkpoint_every": lambda: 2},
-    "checkpoint_errors": {"raise": lambda: "raise"},
-    "resume": {"auto": lambda: "auto"},
-}
+    option: {str(value): always(value) for value in values}
+    for option, values in {
+        "seed": [1], "nested": [True], "nonfinite": ["raise", "skip", "warn"], "keep": [1],
+        "reduce": ["exact", "once"], "tails": ["drop", "pad"], "mixed_precision": ["no", "bf16"],
+        "checkpoint_every": [2], "checkpoint_errors": ["raise"], "resume": ["auto"],
+    }.items()
+}  # fmt: skip
 """By option of a run and by name: what makes a value for it."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mlodeco import Program, Runner
 from mlodeco.declare.registry import EVENTS, RUN_EVENTS
 from mlodeco.hypergrad import Neumann
+from mlodeco.runtime.checkpoint.signals import Interrupts, Signals
 
 TICKS = 7
 LEVEL_EVENTS = [event for event in EVENTS if event not in RUN_EVENTS]
@@ -245,3 +246,200 @@ def test_a_signal_in_the_update_waits_for_its_end():
     assert runner.run(2).ticks == 4  # the third tick was left behind its step, and is ended first
     assert len(runner.history) == 4
     assert program.module("low").x.item() == 0.5**4
+
+
+class Signalling:
+    """Raises SIGINT at the n-th call, as a terminal's Ctrl-C does."""
+
+    def __init__(self):
+        self.at = None
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def run_through(where, at):
+    """What a run leaves that a signal breaks off somewhere, and that goes on."""
+    calls, told = Signalling(), []
+    torch.manual_seed(0)
+
+    def tell(place):
+        if place == where:
+            calls()
+
+    class Told(SGD):
+        def step(self, closure=None):
+            super().step()
+            tell("update")
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            tell("data")
+            return torch.linspace(-1.0, 1.0, 36, dtype=torch.float64).view(12, 3)[index]
+
+    program = Program()
+
+    @program.source
+    def noise():
+        while True:
+            for number in range(3):
+                tell("source")
+                yield number
+
+    @program.level(
+        "low",
+        module=lambda: network().double(),
+        optimizer=partial(Told, lr=0.1),
+        data=DataLoader(Rows(), 4, shuffle=True),
+    )
+    def low(model, batch, noise, ctx):
+        ctx.log(noise=noise)
+        return (model(batch) ** 2).mean() * (1 + noise)
+
+    @program.on("after_step")
+    def after(ctx):
+        tell("after_step")
+        ctx.log(drawn=torch.rand(()).item())
+
+    @program.validate(every=2, monitor="error", mode="max", patience=3)
+    def error(low, ctx):
+        tell("validation")
+        return {"error": -abs(ctx.tick - 4.0)}
+
+    @program.on("validate", every=2)
+    def seen(ctx):
+        tell("validate")
+        told.append(ctx.tick)
+
+    runner = Runner(program, seed=0)
+    calls.at, calls.calls = at, 0
+    broken = 0
+    while runner.tick < 20 and runner._ending.reason is None:
+        try:
+            runner.run_to(20)
+        except KeyboardInterrupt:
+            broken += 1
+    history = runner.history
+    return broken, {
+        "steps": [(r.tick, r.loss, r.metrics) for r in history.steps],
+        "validations": [(r.tick, r.metrics) for r in history.validations],
+        "best": runner.best,
+        "reason": runner._ending.reason,
+        "told": told,
+        "state": [t.tolist() for t in program.module("low").state_dict().values()],
+        "drawn": torch.rand(3).tolist(),
+    }
+
+
+@pytest.mark.parametrize(
+    "where", ["update", "data", "source", "after_step", "validation", "validate"]
+)
+def test_a_signal_anywhere_leaves_the_same_bits_behind(where):
+    _, wanted = run_through(where, None)
+    for at in (1, 2) if where.startswith("valid") else (3, 9):
+        broken, found = run_through(where, at)
+        assert broken == 1
+        assert found == wanted
+    assert wanted["validations"][-1][0] == 10
+    assert wanted["best"].tick == 4
+
+
+def test_a_tick_whose_validation_failed_is_ended_by_the_next_call():
+    program, failing, ticks = Program(), [4], []
+    program.level("low", module={"x": torch.ones(1)}, optimizer=partial(SGD, lr=0.1))(
+        lambda m: (m.x**2).sum()
+    )
+
+    @program.validate(every=2)
+    def norm(low, ctx):
+        if ctx.tick in failing:
+            failing.remove(ctx.tick)
+            raise ValueError("words of my own")
+        return {"norm": low.x.norm()}
+
+    runner = Runner(program)
+    with pytest.raises(ValueError, match="words of my own"):
+        runner.run(6)
+    for tick in (runner.step(), runner.step(), runner.step()):
+        ticks.append((tick.tick, len(tick.steps), [r.tick for r in tick.validations]))
+    assert ticks == [(4, 1, [4]), (5, 1, []), (6, 1, [6])]
+
+
+def test_a_second_signal_does_not_wait():
+    program = Program()
+
+    def hang():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        raise AssertionError("is not reached")
+
+    program.level(
+        "low",
+        module={"x": torch.ones(1)},
+        optimizer=partial(SGD, lr=0.1),
+        data=lambda: iter([hang()]),
+    )(lambda m, batch: (m.x**2).sum())
+    with pytest.raises(KeyboardInterrupt):
+        Runner(program).run(2)
+
+
+class Failing:
+    def on_start(self, runner, steps): ...
+
+    def on_tick(self, tick):
+        raise ValueError("first")
+
+    def on_end(self, result): ...
+
+    def on_error(self):
+        raise OSError("second")
+
+
+def test_an_error_of_a_listener_stands_before_those_behind_it():
+    program, told = Program(), []
+    program.level("low", module={"x": torch.ones(1)}, optimizer=partial(SGD, lr=0.1))(
+        lambda m: (m.x**2).sum()
+    )
+    runner = Runner(program)
+    other = Failing()
+    other.on_tick, other.on_error = (lambda tick: None), (lambda: told.append("other"))
+    runner.listeners += [Failing(), other]
+    with pytest.raises(ValueError, match="first") as caught:
+        runner.run(2)
+    assert caught.value.__notes__ == ["behind it came OSError: second"]
+    assert told == ["other"]
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize(
+    ("holder", "number"),
+    [(Signals, signal.SIGTERM), (Signals, signal.SIGINT), (Interrupts, signal.SIGINT)],
+)
+def test_an_interrupt_as_handlers_are_set_leaves_those_of_before(holder, when, number, monkeypatch):
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    install = signal.signal
+
+    def interrupted(which, handler):
+        if handler is handlers[which]:
+            return install(which, handler)
+        if when == "behind":
+            install(which, handler)
+        if which == number:
+            raise KeyboardInterrupt
+        return install(which, handler)
+
+    held = holder()
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            held.__enter__()
+    assert {one: signal.getsignal(one) for one in handlers} == handlers
+    with held:
+        assert signal.getsignal(signal.SIGINT) == held._note
+    assert {one: signal.getsignal(one) for one in handlers} == handlers

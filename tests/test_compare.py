@@ -25,7 +25,7 @@ from mlodeco.errors import MethodError
 from mlodeco.hypergrad import spell
 from mlodeco.runtime.checking import Agreement
 from mlodeco.runtime.measuring import seconds_per_step
-from mlodeco.show import Comparison, Row, comparison_figure, comparison_table
+from mlodeco.show import Comparison, Row, comparison_figure, comparison_table, save_figure
 from tests.test_cli import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -563,6 +563,21 @@ def test_no_text_of_the_picture_is_cut_or_covered(names):
     assert legend == [*names, "exact", "dead (failed)"]
     looks = {(line.get_marker(), line.get_linestyle()) for line in figure.axes[1].lines}
     assert len(looks) == len(rows)
+
+
+def test_texts_of_the_picture_are_shown_as_they_are(tmp_path):
+    """Dollars are no mathematics, underscores hide nothing, and a line is a line."""
+    curves = {"$a_$": [(1, 0.1, 1.0)]}
+    rows = [row("_$m_$", curves=curves), row("cg\x07", curves=curves)]
+    figure = comparison_figure(made(rows, script="a$b_$\n.py"))
+    save_figure(figure, tmp_path / "one.png")
+    assert figure._repr_png_()
+    assert figure.get_suptitle() == "a$b_$\\n.py, seed 1"
+    trade, *others = figure.axes
+    assert [axes.get_ylabel() for axes in others] == ["$a_$"] * 2
+    names = ["_$m_$", "cg\\x07"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    assert [text.get_text() for text in trade.texts] == names
 
 
 def test_a_comparison_that_found_nothing_is_drawn():

@@ -132,7 +132,7 @@ def trained(made, backend, steps=4):
 
 
 def compiler_of(runner):
-    return runner._compilers["net"]
+    return runner._parts.compilers["net"]
 
 
 METHODS = {

@@ -211,7 +211,7 @@ class TestSignatures:
         assert "self" not in inspect.signature(mlodeco.on).parameters
         assert list(inspect.signature(mlodeco.on).parameters)[:3] == ["event", "level", "every"]
         assert "patience" in inspect.signature(mlodeco.validate).parameters
-        assert list(inspect.signature(mlodeco.method).parameters) == ["name"]
+        assert list(inspect.signature(mlodeco.method).parameters) == ["name", "unknown"]
 
     def test_keep_names_and_documentation(self):
         for name in ("level", "on", "validate", "method"):
@@ -418,6 +418,96 @@ def solve(matvec, b):
         prompt.enter(code.format(name="a"))
         prompt.enter(code.format(name="b"))
         assert [validation.monitor for validation in program.validations] == ["b"]
+
+    def test_of_fewer_hooks_leaves_none_of_the_former(self, program):
+        prompt = Prompt(program=program)
+        code = "for event in {events}:\n    @program.on(event)\n    def note(): pass"
+        prompt.enter(code.format(events=["after_step", "loop_end", "before_step"]))
+        prompt.enter("@program.on('run_end')\ndef other(): pass")
+        for events in (["loop_end", "after_step"], ["after_step"]):
+            prompt.enter(code.format(events=events))
+            assert [hook.event for hook in program.hooks] == [*events, "run_end"]
+
+    def test_keeps_the_order_of_a_cell(self, program):
+        prompt = Prompt(program=program)
+        code = (
+            "for n in range({count}):\n"
+            "    @program.on('run_end')\n    def a(): pass\n"
+            "    @program.on('run_end')\n    def b(): pass\n"
+        )
+        prompt.enter(code.format(count=2))
+        prompt.enter("@program.on('run_end')\ndef z(): pass")
+        for count in (2, 3, 1):
+            prompt.enter(code.format(count=count))
+            names = [hook.site.name for hook in program.hooks]
+            assert names == [*count * ["a", "b"], "z"]
+
+    def test_of_two_hooks_in_one_cell_leaves_another_between_them(self, program):
+        prompt = Prompt(program=program)
+        code = "@program.on('run_end')\ndef {name}(): pass\n"
+        for name in ("a", "b", "c"):
+            prompt.enter(code.format(name=name))
+        prompt.enter(code.format(name="a") + code.format(name="c"))
+        assert [hook.site.name for hook in program.hooks] == ["a", "b", "c"]
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("first.note", "second.note"),
+            ("first", "second"),
+            ("partial(note, n=1)", "partial(note, n=2)"),
+            ("partial(note, 1)", "partial(note, n=1)"),
+            ("partial(note, first)", "partial(note, second)"),
+            ("make(1)", "make(2)"),
+        ],
+    )
+    def test_of_a_callable_is_told_from_another_of_its_code(self, program, one, other):
+        prompt = Prompt(program=program, partial=functools.partial)
+        prompt.enter(
+            "class Log:\n"
+            "    def note(self): pass\n"
+            "    def __call__(self): pass\n"
+            "first, second = Log(), Log()\n"
+            "def note(n): pass\n"
+            "def make(n):\n"
+            "    def hook(): return n\n"
+            "    return hook\n"
+        )
+        code = "program.on('run_end')({})"
+        for text in (one, other, one, other):
+            prompt.enter(code.format(text))
+        assert len(program.hooks) == 2
+        if "make" not in one:  # which makes another function whenever it is called
+            prompt.enter("program.on('run_end', every=2)(" + one + ")")
+            assert [hook.every for hook in program.hooks] == [2, 1]
+
+    def test_of_a_method_of_an_object_that_was_made_anew_replaces_it(self, program):
+        prompt = Prompt(program=program)
+        prompt.enter("class Log:\n    def note(self): pass")
+        for text in ("log = Log()", "log = Log()", "log = Log()"):
+            prompt.enter(text + "\nprogram.on('run_end')(log.note)")
+        assert [hook.function for hook in program.hooks] == [prompt.names["log"].note]
+
+    def test_of_a_monitored_validation_by_another_at_a_prompt_replaces_it_and_says_so(
+        self, program
+    ):
+        prompt = Prompt(program=program)
+        code = "@program.validate(monitor='e', mode='min')\ndef {name}(): pass\n"
+        prompt.enter(code.format(name="check"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(RedeclarationWarning):
+                prompt.enter(code.format(name="renamed"))
+        assert [each.site.name for each in program.validations] == ["check"]
+        with pytest.warns(RedeclarationWarning, match="'check'.*'renamed'.*monitor= out") as caught:
+            prompt.enter(code.format(name="renamed"))
+        assert len(caught) == 1
+        assert [each.site.name for each in program.validations] == ["renamed"]
+
+    def test_of_two_monitored_validations_in_one_input_is_an_error(self, program):
+        code = "@program.validate(monitor='e', mode='min')\ndef {name}(): pass\n"
+        with pytest.raises(DeclarationError, match="'e' already"):
+            Prompt(program=program).enter(code.format(name="a") + code.format(name="b"))
 
     def test_of_a_tracked_object_at_a_prompt_replaces_it(self, program):
         class Kept:

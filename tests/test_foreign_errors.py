@@ -9,7 +9,7 @@ from torch.optim import SGD
 import mlodeco
 from mlodeco import Program
 from mlodeco.calculus.clipping import clip_differentiably
-from mlodeco.errors import DeclarationError
+from mlodeco.errors import DeclarationError, MlodecoError, ModuleError
 
 
 class MineError(ValueError):
@@ -60,12 +60,64 @@ def test_the_part_is_named(options, error, note):
     assert any(note in text for text in caught.value.__notes__)
 
 
+class Items(Failing):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return 1.0
+
+
+def test_a_source_that_cannot_be_put_back_is_named():
+    program = make()
+    program.source("items")(Items())
+
+    @program.level("third", module={"z": torch.ones(2)})
+    def third(m, items):
+        return (m.z**2).sum() * items
+
+    with pytest.raises(MineError) as caught:
+        mlodeco.hypergradient("third", program=program)
+    (note,) = caught.value.__notes__
+    assert "raised in the source 'items'" in note
+
+
 def test_a_tracked_object_is_named(tmp_path):
     program = make()
     program.track("mine", Failing())
     with pytest.raises(MineError) as caught:
         mlodeco.run(1, program=program, progress="off", out=tmp_path / "run")
     assert any("raised by state_dict() of the tracked 'mine'" in n for n in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("option", ["lower", "params"])
+def test_a_list_of_a_declaration_is_named(option):
+    with pytest.raises(MineError) as caught:
+        Program().level("mine", module={"x": torch.ones(2)}, **{option: failing_items()})(abs)
+    assert any(f"raised by {option}= of level 'mine'" in n for n in caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    "options", [{"optimizer": int}, {"scheduler": max}, {"data": property}, {"module": next}]
+)
+def test_a_builtin_that_does_not_fit_is_refused(options):
+    program = Program()
+    given = {"module": {"x": torch.ones(2)}, "optimizer": partial(SGD, lr=0.1)} | options
+    program.level("mine", **given)(lambda m, batch=None: (m.x**2).sum())
+    with pytest.raises(MlodecoError):
+        mlodeco.run(1, program=program, progress="off")
+
+
+def test_sparse_parameters_are_refused():
+    program = Program()
+    program.level("mine", module={"x": torch.eye(2).to_sparse()})(lambda m: m.x.to_dense().sum())
+    with pytest.raises(ModuleError, match="'x' are sparse"):
+        program.graph()
+
+
+def test_more_replicas_than_a_tensor_holds_are_refused():
+    with pytest.raises(DeclarationError, match="an integer from 1 to"):
+        Program().level("mine", module={"x": torch.ones(2)}, replicas=10**30)(abs)
 
 
 @pytest.mark.parametrize("decorator", ["method", "update"])

@@ -69,7 +69,7 @@ def test_imports_go_downwards(path):
         assert part not in parts_imported(path)
 
 
-UPWARDS = {"runtime/history.py": {"show"}, "runtime/runner.py": {"show"}}
+UPWARDS = {"runtime/history.py": {"show"}, "runtime/result.py": {"show"}}
 """Files whose methods hand over to a part above, ``result.plot()``, when they are called."""
 
 
@@ -162,6 +162,8 @@ import sys
 import mlodeco, mlodeco.cli, mlodeco.errors
 assert not {"torch", "accelerate"} & sys.modules.keys()
 assert set(mlodeco.__all__) <= set(dir(mlodeco))
+assert {name for name in dir(mlodeco) if name[:2] != "__"} < set(mlodeco.__all__)
+assert {"__doc__", "__file__"} < set(dir(mlodeco))
 from mlodeco import *
 assert level is mlodeco.level and mlodeco.errors.RunError and tree is mlodeco.tree
 assert "torch" in sys.modules
@@ -177,6 +179,18 @@ def test_the_library_is_loaded_when_it_is_asked_for():
         [sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.stdout == "module 'mlodeco' has no attribute 'levels'\n", done.stderr
+
+
+def test_each_part_is_an_attribute():
+    assert set(mlodeco._MODULES) == RANKS.keys() - {"", "__main__"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import mlodeco; print(mlodeco.runtime.trackers.Trackers)"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stdout == "<class 'mlodeco.runtime.trackers.Trackers'>\n", done.stderr
 
 
 def test_importing_draws_no_random_numbers_and_changes_no_setting():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch.optim import SGD
 
 import mlodeco
 from mlodeco import Program
-from mlodeco.runtime import SolveRecord
-from mlodeco.runtime.history import columns
+from mlodeco.runtime import SolveRecord, StepRecord, ValidationRecord
+from mlodeco.runtime.checkpoint.journal import Journal, read_records
+from mlodeco.runtime.history import History, columns
 
 PAGE = (Path(__file__).parent.parent / "docs" / "monitoring.md").read_text()
 
@@ -100,7 +102,42 @@ def test_the_order_is_that_documented(lines):
 
 
 def test_every_scalar_is_listed():
-    record = mlodeco.runtime.StepRecord(1, "low", 1, 0.0, 0.0, 0.1)
+    record = StepRecord(1, "low", 1, 0.0, 0.0, 0.1)
     table = PAGE[PAGE.index("| scalar | is |") :].partition("\n\n")[0]
     named = set(re.findall(r"`LEVEL/(\w+)`", table)) - {"METRIC", "metric_loss"}
     assert named == columns(record).keys() - {"tick", "level"}
+
+
+def test_only_where_numbers_stand_are_words_read_as_numbers():
+    solve = SolveRecord("NaN", "Infinity", 3, math.inf, "-Infinity")
+    metrics = {"NaN": -math.inf, "many": [1.0, math.nan]}
+    history = History()
+    history.steps = [
+        StepRecord(1, "NaN", 1, math.nan, math.inf, -math.inf, metrics, (solve,), math.nan),
+        StepRecord(1, "Infinity", 1, 0.5, 0.5, 0.5, {"text": "nan", "none": None}),
+    ]
+    history.validations = [ValidationRecord(1, {"Infinity": math.nan})]
+    journal = Journal(history)
+    journal.update(1)
+    found = read_records(journal.text())
+    assert list(map(vars_of, found)) == list(map(vars_of, [*history.steps, *history.validations]))
+
+
+def vars_of(record):
+    return repr(vars(record))  # NaN is NaN
+
+
+def test_a_run_of_a_level_that_is_called_nan_is_read_and_goes_on(tmp_path):
+    program = Program()
+
+    @program.level("NaN", module={"x": torch.ones(2)}, optimizer=partial(SGD, lr=0.1))
+    def loss(m, ctx):
+        ctx.log(text="NaN")
+        return (m.x**2).sum()
+
+    mlodeco.run(2, program=program, out=tmp_path, progress="off")
+    assert len(mlodeco.read_history(tmp_path).of("NaN")) == 2
+    result = mlodeco.run(4, program=program, out=tmp_path, progress="off", resume="auto")
+    assert len(result.history.of("NaN")) == 4
+    texts = [record.metrics["text"] for record in result.history.steps]
+    assert repr(texts) == "[nan, nan, 'NaN', 'NaN']", "as the page says"

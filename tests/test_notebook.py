@@ -114,6 +114,32 @@ for n in range(2):
         seen.append(n)
 """
 RUN = 'history = mlodeco.run(1, program=program, progress="off").history; print(seen)'
+FACTORIES = """
+program, seen = mlodeco.Program(), []
+program.level("low", module={"x": torch.ones(1)}, optimizer=partial(SGD, lr=0.1))(
+    lambda m: m.x.sum()
+)
+class Log:
+    def __init__(self, name):
+        self.name = name
+    def note(self):
+        seen.append(self.name)
+def make(name):
+    def hook():
+        seen.append(name)
+    return hook
+"""
+ONE = """log = Log("first")
+program.on("run_end")(log.note)
+program.on("run_end")(make("made"));"""
+OTHER = """second = Log("second")
+program.on("run_end")(second.note)
+program.on("run_end")(make("another"));"""
+EVENTS = """seen.clear()
+for event in (EVENTS):
+    @program.on(event)
+    def event_note(event=event):
+        seen.append(event)"""
 CELLS = (
     "import torch, mlodeco\nfrom functools import partial\nfrom torch.optim import SGD\n"
     "program, seen = mlodeco.Program(), []",
@@ -124,6 +150,14 @@ CELLS = (
     RUN,
     'print(history.losses("low"))',
     'seen.clear()\n@program.on("run_end")\ndef hook():\n    seen.append("edited")',
+    RUN,
+    FACTORIES,
+    *2 * [ONE, OTHER],
+    RUN,
+    # another line, the same statement
+    "\n" + ONE.replace("made", "anew").replace("first", "again"),
+    EVENTS.replace("EVENTS", "'run_start', 'run_end'"),
+    EVENTS.replace("EVENTS", "'run_end',"),
     RUN,
 )
 SHELL = """
@@ -151,6 +185,8 @@ def test_cells_that_are_run_again_replace_what_they_declared(tmp_path):
         "['lambda', 'first', 'nobody', 0, 1, 'other']",
         "[2.0]",
         "['lambda', 'edited', 'nobody', 0, 1, 'other']",
+        "['first', 'made', 'second', 'another']",
+        "['again', 'anew', 'made', 'second', 'another', 'run_end']",
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 import mlodeco
 from mlodeco import Program, Runner
 from mlodeco.errors import RunError
-from mlodeco.runtime.history import History
+from mlodeco.runtime.history import History, ValidationRecord
 from tests.test_hooks import make, run
 
 COLUMNS = {
@@ -67,6 +67,13 @@ def test_frames_hold_the_records(result):
     assert dtypes(validations) == {"tick": "int64", "a": "float64", "<b>": "float64"}
     assert validations.tick.tolist() == [2, 3, 4, 4]
     assert validations.a.dropna().tolist() == [8.0, 6.0]
+
+
+def test_a_validation_metric_keeps_off_the_column_of_ticks():
+    history = History()
+    history.validations = [ValidationRecord(3, {"tick": 0.5, "a": 1.0})]
+    (row,) = history.to_pandas().validations.to_dict("records")
+    assert row == {"tick": 3, "metric_tick": 0.5, "a": 1.0}
 
 
 def test_frames_of_nothing_have_the_same_columns():

@@ -229,6 +229,43 @@ def test_the_error_of_a_tracker_ends_the_run_and_names_it(where):
     }[where]
 
 
+def test_each_tracker_is_finished_and_the_first_error_is_told():
+    books = [Notebook("finish"), Notebook("finish"), Notebook()]
+    books[0].name = "first"
+    with pytest.raises(OSError, match="the book is full") as caught:
+        run(2, log_with=books)
+    assert [book.told[-1] for book in books] == [("finish",)] * 3
+    assert caught.value.__notes__ == ["raised in the tracker 'first'"]
+
+
+def test_validations_keep_off_a_level_of_their_name():
+    book, program = Notebook(), Program()
+    for name in ("validation", "validation_"):
+        program.level(name, module={"x": torch.ones(2)}, optimizer=partial(SGD, lr=0.1))(
+            lambda m: (m.x**2).sum()
+        )
+    program.validate(lambda: {"loss": 42.0})
+    run(1, program, log_with=book)
+    (_, _, steps), (_, _, validation) = (told for told in book.told if told[0] == "log")
+    assert validation == {"validation__/loss": 42.0}
+    assert not steps.keys() & validation.keys()
+    assert steps["validation/loss"] == 2.0
+
+
+def test_a_runner_stepped_by_hand_leaves_its_trackers_open():
+    """And how to end them, as the page says."""
+    book, accelerator = Notebook(), Accelerator(log_with=(own := Notebook()))
+    runner = Runner(make(), log_with=book)
+    runner.step()
+    assert book.told[-1][0] == "log"
+    runner.run(1)
+    assert book.told[-1] == ("finish",)
+    Runner(make(), accelerator=accelerator).step()
+    assert own.told[-1][0] == "log"
+    accelerator.end_training()
+    assert own.told[-1] == ("finish",)
+
+
 def test_a_run_that_fails_finishes_its_trackers_and_tells_its_own_error():
     book, program = Notebook("finish"), make()
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
+from mlodeco.declare.calls import noted
 from mlodeco.declare.records import RESERVED
 from mlodeco.declare.site import Site, underlying
 from mlodeco.errors import DeclarationError, MlodecoWarning, did_you_mean, quoted
@@ -96,6 +97,15 @@ class Checker:
         if value is not None and not callable(value):
             raise self.error(f"{option}={value!r} is not callable.", remedy=remedy)
 
+    def items(self, option: str, value: object) -> tuple[Any, ...] | None:
+        """The items of an iterable; None for what is none, such as a tensor without dimensions."""
+        with noted(f"{option}=", f"level {self._level!r} ({self._site})"):
+            try:
+                items = iter(value)  # type: ignore[call-overload]
+            except TypeError:
+                return None
+            return tuple(items)
+
     def names(self, option: str, value: object) -> tuple[str, ...]:
         """A list of distinct names; a bare string is the mistake it looks like."""
         if isinstance(value, str):
@@ -104,7 +114,7 @@ class Checker:
                 expected="a list of names.",
                 remedy=f"write {option}=[{value!r}].",
             )
-        names = as_tuple(value)
+        names = self.items(option, value)
         if names is None:
             raise self.error(
                 f"{option}={value!r}.",
@@ -237,15 +247,6 @@ def as_integer(value: object) -> int | None:
         return operator.index(value)
     except TypeError:  # a class of integers, or an array of several
         return None
-
-
-def as_tuple(value: object) -> tuple[Any, ...] | None:
-    """The items of an iterable; None for what is none, such as a tensor without dimensions."""
-    try:
-        items = iter(value)  # type: ignore[call-overload]
-    except TypeError:
-        return None
-    return tuple(items)
 
 
 def _is_module(function: Callable[..., Any]) -> bool:

@@ -9,7 +9,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Never, Self, TypeVar, get_args, overload
 
-from mlodeco.declare.checks import Checker, as_tuple, find_cycle
+from mlodeco.declare.checks import Checker, find_cycle
 from mlodeco.declare.inner_loop import (
     read_init_from,
     read_replicas,
@@ -29,9 +29,10 @@ from mlodeco.declare.records import (
     UpdateDeclaration,
     ValidationDeclaration,
     describe_hook,
+    describe_validation,
 )
 from mlodeco.declare.replicas import Replicas
-from mlodeco.declare.site import Site, locate, locate_call, underlying
+from mlodeco.declare.site import Site, is_one_callable, locate, locate_call, underlying
 from mlodeco.declare.sources import declare_source
 from mlodeco.declare.updates import declare_update
 from mlodeco.errors import (
@@ -439,7 +440,7 @@ class Registry:
                 mode=mode,
                 patience=patience,
             )
-            self._refuse_second_monitor(declaration, check)
+            self._give_up_former_monitor(declaration, check)
             _put(self.validations, declaration)
             self.version += 1
             return function
@@ -583,15 +584,24 @@ class Registry:
     ) -> None:
         _current.reset(self._tokens.pop())
 
-    def _refuse_second_monitor(self, new: ValidationDeclaration, check: Checker) -> None:
-        for old in self.validations:
-            if new.monitor and old.monitor and not _is_declared_again(old, new):
+    def _give_up_former_monitor(self, new: ValidationDeclaration, check: Checker) -> None:
+        """Refuses a second monitored validation; a later input at a prompt replaces the first."""
+        rivals = [
+            old
+            for old in self.validations
+            if new.monitor and old.monitor and not _is_declared_again(old, new)
+        ]
+        for old in rivals:
+            remedy = "leave monitor= out of one of them."
+            if not _is_later(old.site, new.site):
                 raise check.error(
                     f"monitor={new.monitor!r}, and the validation at {old.site} monitors "
                     f"{old.monitor!r} already.",
                     expected="one monitored metric, which decides what the best is.",
-                    remedy="leave monitor= out of one of them.",
+                    remedy=remedy,
                 )
+            _warn_of_replacement(describe_validation(old), old.site, new.site, remedy)
+            self.validations.remove(old)
 
     def _add_source(self, declaration: SourceDeclaration, check: Checker) -> None:
         name = declaration.name
@@ -689,18 +699,30 @@ def _refuse_second(
         _warn_of_replacement(what, old.site, new.site)
 
 
+def _is_later(old: Site, new: Site) -> bool:
+    """Whether both are of a prompt, and not of one input."""
+    return old.interactive and new.interactive and old.entry != new.entry
+
+
 def _is_declared_again(
     old: HookDeclaration | ValidationDeclaration, new: HookDeclaration | ValidationDeclaration
 ) -> bool:
     """Whether a later input at a prompt declares the same function: its cell was run again.
 
-    Functions have a name in common by chance if that is no name: these must be the same.
+    Functions have a name in common by chance if that is no name: these must be the same. Callables
+    of one code object, as methods of two objects, have theirs in common in any case: these must be
+    the same, or declared by the same statement.
     """
-    if not (new.site.interactive and old.site.interactive) or new.site.entry == old.site.entry:
+    if not _is_later(old.site, new.site) or not new.site.names_as(old.site):
         return False
-    codes = [getattr(underlying(one.function), "__code__", None) for one in (old, new)]
-    is_known = new.site.name not in _NO_NAMES or codes[0] == codes[1]
-    return new.site.names_as(old.site) and is_known
+    before, now = (getattr(underlying(one.function), "__code__", None) for one in (old, new))
+    if before is now:
+        return is_one_callable(old.function, new.function) or _reads_as(old.site, new.site)
+    return new.site.name not in _NO_NAMES or before == now
+
+
+def _reads_as(old: Site, new: Site) -> bool:
+    return old.entry is not None and new.entry is not None and new.entry.reads_as(old.entry)
 
 
 def _put(
@@ -709,17 +731,17 @@ def _put(
 ) -> None:
     """Appends a declaration; one of a cell that was run again takes the place of the former.
 
-    Where that was at another event, all former ones of the function go.
+    It stands behind those that its cell has declared already. All former ones of the function go.
     """
     known: list[Any] = declarations
     former = [old for old in known if _is_declared_again(old, new)]
-    same = [old for old in former if _place(old) == _place(new)]
-    if former and not same:
+    if former and not any(_place(old) == _place(new) for old in former):
         _warn_of_replacement(describe_hook(former[0]), former[0].site, new.site)
-    gone = same or former
-    position = known.index(gone[0]) if gone else len(known)
-    known[:] = [old for old in known if old not in gone]
-    known.insert(position, new)
+    places = [known.index(old) for old in former[:1]]
+    if new.site.interactive:
+        places += [n + 1 for n, old in enumerate(known) if old.site.entry == new.site.entry]
+    known.insert(max(places, default=len(known)), new)
+    known[:] = [old for old in known if old not in former]
 
 
 def _place(declaration: Any) -> tuple[Any, ...]:
@@ -727,10 +749,14 @@ def _place(declaration: Any) -> tuple[Any, ...]:
     return getattr(declaration, "event", None), getattr(declaration, "level", None)
 
 
-def _warn_of_replacement(what: str, old: Site, new: Site) -> None:
+def _warn_of_replacement(
+    what: str,
+    old: Site,
+    new: Site,
+    remedy: str = "if both are meant, give them different names.",
+) -> None:
     warnings.warn_explicit(
-        f"{what} ({old}) is replaced by {new.name!r} ({new}). Remedy: if both are meant, give "
-        "them different names.",
+        f"{what} ({old}) is replaced by {new.name!r} ({new}). Remedy: {remedy}",
         RedeclarationWarning,
         new.file,
         new.line,
@@ -801,7 +827,7 @@ def _has_parameters(value: Any) -> bool:
 def _params(check: Checker, params: Any) -> Any:
     if params is None or callable(params):
         return params
-    items = None if isinstance(params, str) else as_tuple(params)
+    items = None if isinstance(params, str) else check.items("params", params)
     if items is None:
         raise check.error(
             f"params={params!r}.",

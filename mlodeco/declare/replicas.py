@@ -9,6 +9,9 @@ from typing import Any, Literal, SupportsIndex, get_args
 from mlodeco.declare.site import locate_call
 from mlodeco.errors import DeclarationError, did_you_mean, quoted
 
+MOST = 2**31 - 1
+"""How many copies there may be; the sizes of tensors are bounded."""
+
 Way = Literal["auto", "loop", "vmap"]
 """One replica after another, or all in one call of ``torch.vmap``."""
 
@@ -45,9 +48,9 @@ class Replicas:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "count", _at_least_one("count", self.count))
+        object.__setattr__(self, "count", _number("count", self.count))
         if self.chunk is not None:
-            object.__setattr__(self, "chunk", _at_least_one("chunk", self.chunk))
+            object.__setattr__(self, "chunk", _number("chunk", self.chunk))
         ways = get_args(Way)
         if self.way not in ways:
             hint = did_you_mean(self.way, ways) if isinstance(self.way, str) else ""
@@ -58,15 +61,15 @@ class Replicas:
             )
 
 
-def _at_least_one(option: str, value: Any) -> int:
+def _number(option: str, value: Any) -> int:
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
         number = operator.index(value)
-        if number >= 1:
+        if 1 <= number <= MOST:
             return number
     raise _error(
         f"{option}={value!r}.",
-        expected="an integer of at least 1.",
-        remedy=f"set {option}=1 or more.",
+        expected=f"an integer from 1 to {MOST}.",
+        remedy=f"set {option} to how many there are, such as {option}=8.",
     )
 
 

@@ -6,26 +6,49 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import CodeType, FrameType, MethodType
 from typing import Any
 
 _PROMPTS = ("<stdin>", "<python-input")
+
+_COMPARABLE = (bool, int, float, str, MethodType)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An input at a prompt, or a run of a notebook's cell: ``number`` tells it from all others.
+
+    ``code`` is its statement that is being run, or all of it.
+    """
+
+    number: int
+    code: CodeType | None = field(compare=False, repr=False)
+
+    def reads_as(self, other: Entry) -> bool:
+        """Whether both statements are the same text, wherever they stand."""
+        if self.code is None or other.code is None:
+            return False
+        return _text(self.code) == _text(other.code)
+
+
+def _text(code: CodeType) -> tuple[Any, ...]:
+    return code.co_code, code.co_consts, code.co_names
 
 
 @dataclass(frozen=True)
 class Site:
     """The place and name of a user's function.
 
-    ``entry`` tells the cell of a notebook, or the input at a prompt, in which it was declared from
-    all others and from other runs of the same cell; None for what a script or module declares.
+    ``entry`` is the input in which it was declared; None for what a script or module declares.
     """
 
     file: str
     line: int
     module: str
     qualname: str
-    entry: object = field(default=None, compare=False, repr=False)
+    entry: Entry | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{os.path.basename(self.file)}:{self.line}"
@@ -78,6 +101,20 @@ def _is_ours(namespace: dict[str, Any]) -> bool:
     return str(namespace.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
 
 
+def is_one_callable(one: Any, other: Any) -> bool:
+    """Whether both are the same function, method of one object, or partial of equal arguments.
+
+    Arguments are equal if they are one object, or numbers, strings or methods that are equal.
+    """
+    if isinstance(one, functools.partial) and isinstance(other, functools.partial):
+        parts, others = ([each.func, *each.args, *each.keywords.values()] for each in (one, other))
+        alike = len(parts) == len(others) and all(map(is_one_callable, parts, others))
+        return alike and list(one.keywords) == list(other.keywords)
+    return one is other or (
+        isinstance(one, _COMPARABLE) and type(one) is type(other) and one == other
+    )
+
+
 def locate(function: Callable[..., Any]) -> Site:
     """The site of ``function``; unknown parts are ``?`` and 0."""
     plain = underlying(function)
@@ -91,18 +128,25 @@ def locate(function: Callable[..., Any]) -> Site:
     )
 
 
-def _entry() -> object:
-    """What tells the input that is being run from others; None in scripts and modules."""
+def _entry() -> Entry | None:
+    """The input that is being run; None in scripts and modules."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is not None:
-        return shell.execution_count
-    frame = inspect.currentframe()
-    while frame is not None:
+        inside = [frame for frame in _frames() if frame.f_globals is shell.user_ns]
+        return Entry(shell.execution_count, inside[-1].f_code if inside else None)
+    for frame in _frames():
         code = frame.f_code
         if code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
             # each input at a prompt is compiled by itself; equal ones are told apart by their
             # identity, which stays their own while they are kept
-            return (id(code), code) if code.co_filename.startswith(_PROMPTS) else None
-        frame = frame.f_back
+            return Entry(id(code), code) if code.co_filename.startswith(_PROMPTS) else None
     return None
+
+
+def _frames() -> Iterator[FrameType]:
+    """Those of the calls that are under way, the innermost first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

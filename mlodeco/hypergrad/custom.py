@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from mlodeco.calculus.response import Solution, Status
+from mlodeco.declare.calls import call
 from mlodeco.declare.site import locate
-from mlodeco.errors import MethodError, MlodecoError, quoted
+from mlodeco.errors import MethodError, quoted
 from mlodeco.hypergrad.implicit import Implicit, MatVec
 from mlodeco.tree import Tree
 
@@ -39,13 +40,7 @@ class Custom(Implicit):
         Raises:
             MethodError: the result is not a tree shaped like b.
         """
-        try:
-            found = self.solver(matvec, b)
-        except MlodecoError:
-            raise
-        except Exception as error:
-            error.add_note(f"raised by the method {self.name!r} ({locate(self.solver)})")
-            raise
+        found = call(f"the method {self.name!r}", locate(self.solver), self.solver, matvec, b)
         if isinstance(found, Solution):
             self._check(found.value, b)
             return found

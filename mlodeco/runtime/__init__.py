@@ -6,7 +6,9 @@ from mlodeco.runtime.build import Build, build
 from mlodeco.runtime.checkpoint.reading import read_history
 from mlodeco.runtime.context import Context
 from mlodeco.runtime.history import History, SolveRecord, StepRecord, Tick, ValidationRecord
-from mlodeco.runtime.runner import Best, Listener, Result, Runner, seed_all
+from mlodeco.runtime.result import Best, Result
+from mlodeco.runtime.runner import Listener, Runner
+from mlodeco.runtime.seeding import seed_all
 
 __all__ = [
     "Accelerator",

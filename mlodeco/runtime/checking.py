@@ -472,7 +472,8 @@ def _doubt(solve: Solve) -> str:
     return (
         f"The reference at {solve.level!r} is itself rough, with a residual of "
         f"{_figure(solution.residual)} after {solution.steps} products: take its figures as a "
-        "sign, or have another, easier system as the reference: check(..., damping=...)."
+        "sign, or have another, easier system as the reference: check(..., damping=...), "
+        "or mlodeco compare --damping."
     )
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.binding import Role
+from mlodeco.declare.calls import call, misfit, noted
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.errors import DataError, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
@@ -23,7 +24,6 @@ from mlodeco.runtime.generators import (
     restore_generators,
     warn_of_others,
 )
-from mlodeco.runtime.notes import misfit, noted
 from mlodeco.runtime.position import Pass, keeps_its_state, loader_of
 
 
@@ -158,8 +158,7 @@ def open_source(data: Any, where: Where) -> Iterable[Any]:
             f"data= cannot be called without arguments: {why}.",
             "give a function without arguments that returns what to iterate over.",
         )
-    with noted("data=", where):
-        source = data() if is_factory else data
+    source = call("data=", where, data) if is_factory else data
     if is_factory and isinstance(source, Iterator):
         return _Remade(data)
     if isinstance(source, TensorDataset | Subset):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from mlodeco.errors import RunError, counted, did_you_mean, quoted
-from mlodeco.runtime.tables import Frames, to_frames, to_html
+from mlodeco.runtime.tables import Frames, beside, to_frames, to_html
 
 if TYPE_CHECKING:
     from mlodeco.show.figures import Figure
@@ -192,7 +192,8 @@ class History:
     def to_pandas(self) -> Frames:
         """Two frames of pandas, ``steps`` with the columns of :meth:`rows`, and ``validations``.
 
-        What a record does not have is NaN.
+        What a record does not have is NaN. A validation metric called ``tick`` is the column
+        ``metric_tick``.
 
         Raises:
             RunError: pandas is not installed.
@@ -243,8 +244,7 @@ def columns(record: StepRecord) -> dict[str, Any]:
             (s.residual for s in record.solves if s.residual is not None), default=None
         ),
     }
-    own = {f"metric_{k}" if k in found else k: v for k, v in record.metrics.items()}
-    return {**own, **found}
+    return beside(found, record.metrics)
 
 
 def as_number(value: Any) -> Any:
@@ -252,3 +252,8 @@ def as_number(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 and not value.is_meta else value.detach().clone()
     return value
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, each as :func:`as_number` gives it."""
+    return {key: as_number(value) for key, value in metrics.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +121,16 @@ class Hooks:
                     f"raised in {describe_hook(declaration)} ({declaration.site}), {where}"
                 )
                 raise
+
+    @contextmanager
+    def counted_once(self) -> Iterator[None]:
+        """Lets what is broken off inside, and comes again, count once."""
+        counts = self.state_dict()
+        try:
+            yield
+        except BaseException:
+            self.load_state_dict(counts)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """How often each was due to be called, by event."""

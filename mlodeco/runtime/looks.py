@@ -10,11 +10,12 @@ from typing import Any
 
 from mlodeco.calculus.randomness import preserved_randomness
 from mlodeco.declare.binding import BoundSource
+from mlodeco.declare.records import SourceDeclaration
 from mlodeco.errors import RunError
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.generators import preserved_generators
 from mlodeco.runtime.modules import preserved_buffers
-from mlodeco.runtime.sources import Items, Stream
+from mlodeco.runtime.sources import Items, Stream, named_source
 
 
 def find_items(
@@ -95,7 +96,7 @@ def look(built: Build, source: BoundSource, count: int) -> list[Any]:
         stack.enter_context(preserved_randomness())
         stack.enter_context(preserved_generators(value))
         stack.enter_context(preserved_buffers(modules.values()))
-        stack.enter_context(_restored(value))
+        stack.enter_context(_restored(declaration))
         stack.callback(stream.close)
         return [stream.draw() for _ in range(count)]
 
@@ -105,13 +106,16 @@ def _is_restorable(value: Any) -> bool:
 
 
 @contextmanager
-def _restored(value: Any) -> Iterator[None]:
+def _restored(source: SourceDeclaration) -> Iterator[None]:
     """Puts an object that has ``state_dict`` and ``load_state_dict`` back on leaving."""
+    value = source.value
     if not _is_restorable(value):
         yield
         return
-    state = copy.deepcopy(value.state_dict())
+    with named_source(source):
+        state = copy.deepcopy(value.state_dict())
     try:
         yield
     finally:
-        value.load_state_dict(state)
+        with named_source(source):
+            value.load_state_dict(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -13,12 +12,13 @@ from statistics import median
 import torch
 
 from mlodeco.runtime.history import Tick
-from mlodeco.runtime.runner import Result, Runner
+from mlodeco.runtime.memory import peak_of_process
+from mlodeco.runtime.result import Result
+from mlodeco.runtime.runner import Runner
 
 _WARM_UP = 3
 """Steps that are left out: they allocate, compile and load code."""
 
-_STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 
 
@@ -74,7 +74,7 @@ class Meter:
         return time.perf_counter()
 
     def _peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self._is_cuda else _peak_of_process()
+        return torch.cuda.max_memory_allocated() if self._is_cuda else peak_of_process()
 
 
 def seconds_per_step(ends: Sequence[float], ticks: Iterable[int]) -> float | None:
@@ -87,19 +87,6 @@ def seconds_per_step(ends: Sequence[float], ticks: Iterable[int]) -> float | Non
     times = [ends[tick - 1] for tick in dict.fromkeys(ticks) if tick <= len(ends)]
     spans = [end - start for start, end in pairwise([0.0, *times])]
     return median(spans[min(_WARM_UP, len(spans) // 2) :]) if spans else None
-
-
-def _peak_of_process() -> int | None:
-    """The largest resident memory so far, in bytes."""
-    if _STATUS.exists():
-        # not getrusage: what a process is started by counts there
-        lines = _STATUS.read_text().splitlines()
-        return next((1024 * int(s.split()[1]) for s in lines if s.startswith("VmHWM:")), None)
-    if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return None
 
 
 def _reset_peak() -> None:

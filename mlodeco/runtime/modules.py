@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from mlodeco.declare.calls import call, misfit
 from mlodeco.declare.records import LevelDeclaration
 from mlodeco.errors import GraphError, ModuleError, did_you_mean, quoted
-from mlodeco.runtime.notes import misfit, noted
 
 
 def materialize(
@@ -63,8 +63,7 @@ def _make(declaration: LevelDeclaration) -> nn.Module:
                 f"the factory given as module= cannot be called without arguments: {why}.",
                 "give a function without arguments, such as module=lambda: nn.Linear(2, 1).",
             )
-        with noted("module=", f"level {declaration.name!r} ({declaration.site})"):
-            module = module()
+        module = call("module=", f"level {declaration.name!r} ({declaration.site})", module)
     if isinstance(module, Mapping) and not isinstance(module, nn.Module):
         module = _from_mapping(declaration, module)
     if not isinstance(module, nn.Module):
@@ -128,8 +127,8 @@ def _is_chosen(declaration: LevelDeclaration, predicate: Any, name: str) -> bool
             f"the function given as params= cannot be called with a parameter's name: {why}.",
             "write params=lambda name: name.startswith('head').",
         )
-    with noted("params=", f"level {declaration.name!r} ({declaration.site})"):
-        return bool(predicate(name))
+    where = f"level {declaration.name!r} ({declaration.site})"
+    return bool(call("params=", where, bool, call("params=", where, predicate, name)))
 
 
 def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -168,6 +167,13 @@ def select_parameters(declaration: LevelDeclaration, module: nn.Module) -> dict[
             declaration,
             f"the parameters {quoted(complex_ones)} are complex.",
             "store real and imaginary parts: torch.view_as_real(p), and view_as_complex in use.",
+        )
+    sparse = [name for name, p in chosen.items() if p.layout is not torch.strided]
+    if sparse:
+        raise _error(
+            declaration,
+            f"the parameters {quoted(sparse)} are sparse.",
+            "give dense ones: p.to_dense(); a mask times a dense one keeps entries at zero.",
         )
     stiff = [name for name, p in chosen.items() if not p.requires_grad]
     if stiff:

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlodeco.calculus.optimizer_step import Group, OptimizerStep
 from mlodeco.calculus.update import Update
+from mlodeco.declare.calls import call, misfit
 from mlodeco.errors import OptimizerError, SolverWarning, did_you_mean, quoted
 from mlodeco.runtime.build import BuiltLevel
 from mlodeco.runtime.fsdp import shard_of, whole_tree
-from mlodeco.runtime.notes import misfit, noted
 from mlodeco.runtime.replicas import check_entrywise, shown_stacked
 
 _TUNABLE_OF_SGD = ("lr", "momentum", "weight_decay")
@@ -87,12 +87,12 @@ def _call(level: BuiltLevel, factory: Callable[..., Any]) -> Any:
             "give optimizer=functools.partial(torch.optim.SGD, lr=0.1), or a function of one "
             "argument, the parameters or module.",
         )
+    where = f"level {level.name!r} ({level.site})"
     try:
-        with noted("optimizer=", f"level {level.name!r} ({level.site})"):
-            if not takes_module:
-                return factory(parameters)
-            with shown_stacked(level):
-                return factory(module=level.module)
+        if not takes_module:
+            return call("optimizer=", where, factory, parameters)
+        with shown_stacked(level):
+            return call("optimizer=", where, factory, module=level.module)
     except (RuntimeError, ValueError) as error:
         if distributed.is_initialized() or "process group" not in str(error):
             raise
@@ -294,8 +294,8 @@ def make_scheduler(level: BuiltLevel, optimizer: Optimizer) -> LRScheduler | Non
             "give a function of the optimizer: "
             "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10).",
         )
-    with noted("scheduler=", f"level {level.name!r} ({level.site})"):
-        scheduler: Any = factory(optimizer)
+    where = f"level {level.name!r} ({level.site})"
+    scheduler: Any = call("scheduler=", where, factory, optimizer)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise _error(
             level,

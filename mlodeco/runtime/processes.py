@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.futures import Future
 
 from mlodeco.calculus.mean import Mean, Trees
-from mlodeco.errors import RunError, did_you_mean, quoted
+from mlodeco.errors import MlodecoWarning, RunError, did_you_mean, quoted
 from mlodeco.runtime.board import Board
 from mlodeco.runtime.buckets import pack, pack_bytes, unpack, unpack_bytes
 from mlodeco.tree import Tree
@@ -352,6 +353,17 @@ def check_choice(option: str, value: object, known: Sequence[str]) -> None:
 def processes_of(rank: int, number: int, device: torch.device) -> Processes:
     """The processes of a run, as its Accelerator sees them."""
     return Processes() if number == 1 else SeveralProcesses(rank, number, device)
+
+
+@contextmanager
+def quiet(processes: Processes) -> Iterator[None]:
+    """Leaves the library's own warnings to the main process."""
+    if processes.is_main:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MlodecoWarning)
+        yield
 
 
 def require_same(processes: Processes, what: str, value: Any) -> None:

@@ -54,7 +54,11 @@ class Stream:
         """
         if self._returned:
             return self._returned.pop()
-        with _noted(self._declaration), torch.no_grad(), preserved_modes(self._modules.values()):
+        with (
+            named_source(self._declaration),
+            torch.no_grad(),
+            preserved_modes(self._modules.values()),
+        ):
             return self._advance()
 
     def put_back(self, item: Any) -> None:
@@ -108,7 +112,7 @@ class Stream:
         a_pass = self._iterator if isinstance(self._iterator, Pass) else None
         if a_pass is not None:
             a_pass.tell_doubt(self._where, self._told)
-        with _noted(self._declaration):
+        with named_source(self._declaration):
             return {
                 "returned": self._returned,
                 "pass": a_pass and a_pass.state_dict(),
@@ -209,7 +213,7 @@ def highest_of(graph: Graph, levels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _noted(declaration: SourceDeclaration) -> Iterator[None]:
+def named_source(declaration: SourceDeclaration) -> Iterator[None]:
     """Adds to an exception from a source which one it was."""
     try:
         yield

@@ -54,8 +54,14 @@ def to_frames(history: History) -> Frames:
             remedy="pip install pandas; history.rows() gives the same rows as dictionaries.",
         ) from error
     steps = _frame(pandas, history.rows(), _DTYPES)
-    rows = ({"tick": record.tick, **record.metrics} for record in history.validations)
+    rows = (beside({"tick": r.tick}, r.metrics) for r in history.validations)
     return Frames(steps, _frame(pandas, rows, {"tick": "int64"}))
+
+
+def beside(columns: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with metrics of one's own; under ``metric_`` and its name one with that of a column."""
+    own = {f"metric_{name}" if name in columns else name: v for name, v in metrics.items()}
+    return {**own, **columns}
 
 
 def _frame(pandas: Any, rows: Iterable[Mapping[str, Any]], dtypes: Mapping[str, str]) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,42 @@ from mlodeco.errors import RunError, did_you_mean, quoted
 from mlodeco.hypergrad import spell
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.history import StepRecord, Tick, columns
+from mlodeco.runtime.launch import make_accelerator
 
 if TYPE_CHECKING:
-    from mlodeco.runtime.runner import Result, Runner
+    from mlodeco.runtime.result import Result
+    from mlodeco.runtime.runner import Runner
 
 _PLAIN = (bool, int, float, str)
 
 _OPTIONS = ("inner_steps", "repeat", "warmup", "accumulate", "clip_norm", "rollback", "init_from")
+
+
+def tracking_accelerator(
+    given: Accelerator | None,
+    log_with: Any,
+    project: str,
+    out: str | os.PathLike[str] | None,
+) -> Accelerator:
+    """The Accelerator of a run, with the trackers that were asked for.
+
+    Raises:
+        RunError: a tracker cannot be made, or they are asked for in two places.
+    """
+    if not isinstance(project, str):
+        raise RunError(
+            f"project={project!r}.", expected="a name.", remedy="project='first', for instance."
+        )
+    if log_with is None:
+        return make_accelerator(given)
+    if given is not None:
+        raise RunError(
+            "log_with= and accelerator= are both given.",
+            expected="trackers in one place.",
+            remedy="make the Accelerator with them: Accelerator(log_with=..., project_dir=...).",
+        )
+    trackers = check_trackers(log_with, out)
+    return make_accelerator(None, log_with=trackers or None, project_dir=out)
 
 
 def check_trackers(log_with: Any, out: str | os.PathLike[str] | None) -> list[Any]:
@@ -74,9 +103,10 @@ class Trackers:
     """Logs a run to the trackers of its Accelerator; for the main process alone.
 
     Every tick at which levels have stepped is logged at its number, with ``LEVEL/`` before the
-    names of :func:`columns`; a validation at that of its tick, with ``validation/``. What is no
-    number is left out. Trackers that are not started yet are started before the first tick, with
-    the options of the levels as their configuration, and finished at the end.
+    names of :func:`columns`; a validation at that of its tick, with ``validation/``, or
+    ``validation_/`` where this is a level's. What is no number is left out. Trackers that are not
+    started yet are started before the first tick, with the options of the levels as their
+    configuration, and finished at the end.
 
     Args:
         accelerator: whose they are.
@@ -88,6 +118,7 @@ class Trackers:
         self._accelerator = accelerator
         self._project = project
         self._built = built
+        self._validation = _unlike("validation", built.levels)
         self._are_own = False
 
     def on_start(self, runner: Runner, steps: int) -> None:
@@ -101,20 +132,18 @@ class Trackers:
         if steps:
             self._log(steps, tick.tick)
         for validation in tick.validations:
-            values = {f"validation/{name}": v for name, v in validation.metrics.items()}
+            values = {f"{self._validation}/{name}": v for name, v in validation.metrics.items()}
             self._log(_numbers(values), validation.tick)
 
     def on_end(self, result: Result) -> None:
-        """Finishes those that were started here."""
-        for tracker in self._given_up():
-            with _attributed(f"in the tracker {tracker.name!r}"):
-                tracker.finish()
+        """Finishes those that were started here, and raises the first error of one."""
+        errors = self._finish()
+        if errors:
+            raise errors[0]
 
     def on_error(self) -> None:
         """The same; the error that ended the run is the one to see."""
-        for tracker in self._given_up():
-            with suppress(Exception):
-                tracker.finish()
+        self._finish()
 
     def _start(self, first: int) -> None:
         """Starts the trackers, in whose folders a resumed run goes on at a tick."""
@@ -134,6 +163,17 @@ class Trackers:
             with _attributed(f"in the tracker {tracker.name!r}"):
                 tracker.log(values, step=tick)
 
+    def _finish(self) -> list[Exception]:
+        """Finishes all that were started here; what they raise."""
+        errors = []
+        for tracker in self._given_up():
+            try:
+                with _attributed(f"in the tracker {tracker.name!r}"):
+                    tracker.finish()
+            except Exception as error:
+                errors.append(error)
+        return errors
+
     def _given_up(self) -> list[GeneralTracker]:
         """The trackers that were started here, which the Accelerator then no longer has."""
         if not self._are_own:
@@ -142,6 +182,13 @@ class Trackers:
         found, self._accelerator.trackers = self._accelerator.trackers, []
         self._are_own = False
         return list(found)
+
+
+def _unlike(name: str, others: Container[str]) -> str:
+    """The name, with underscores behind it that tell it from the others."""
+    while name in others:
+        name += "_"
+    return name
 
 
 def _name(tracker: Any) -> str:

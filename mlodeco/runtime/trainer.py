@@ -23,6 +23,7 @@ from mlodeco.calculus.slots import Slot, State
 from mlodeco.calculus.stateless import frozen, require_finite
 from mlodeco.calculus.sweep import Hypergradient, Memories, Solve
 from mlodeco.calculus.update import Iterate, Update
+from mlodeco.declare.calls import noted
 from mlodeco.errors import NonFiniteError
 from mlodeco.runtime.build import Build, BuiltLevel
 from mlodeco.runtime.context import Context
@@ -31,7 +32,6 @@ from mlodeco.runtime.drawn import Drawn
 from mlodeco.runtime.fsdp import rest, shard_like
 from mlodeco.runtime.modules import copy_into
 from mlodeco.runtime.nonfinite import Watch
-from mlodeco.runtime.notes import noted
 from mlodeco.runtime.optimizers import (
     fresh_state,
     is_divided,

@@ -17,12 +17,12 @@ from rich.text import Text
 
 from mlodeco.errors import counted, quoted
 from mlodeco.runtime.checking import Agreement
-from mlodeco.show.figures import styled
+from mlodeco.show.figures import add_legend, make_figure, styled
 from mlodeco.show.report import figures_of
+from mlodeco.show.words import printable
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from mlodeco.show.figures import Axes, Figure
 
 _METRICS = 2
 """Columns of metrics, one less beside that of levels; the file of the comparison has them all."""
@@ -296,33 +296,35 @@ def comparison_figure(found: Comparison) -> Figure:
         RunError: matplotlib is not installed.
     """
     with styled():
-        from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullFormatter
 
-        figure = Figure(figsize=(11, 4))
+        figure = make_figure(11, 4)
         trade, ticks, seconds = figure.subplots(1, 3)
         metric = found.metrics[0]
         points: list[tuple[Any, ...]] = []
+        lines = []
         for number, row in enumerate(found.rows):
             look: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
             point = _point(row)
-            points += [(*point, row.method)] if point else []
+            points += [(*point, printable(row.method))] if point else []
             trade.plot(*([[value] for value in point] or [[], []]), linestyle="none", **look)
             curve = row.curves.get(metric, ())
             look |= {"markevery": max(1, len(curve) // 6), "markersize": 4}
-            name = f"{row.method} (failed)" if row.error else row.method
-            ticks.plot([t for t, _, _ in curve], [v for _, _, v in curve], label=name, **look)
+            lines += ticks.plot([t for t, _, _ in curve], [v for _, _, v in curve], **look)
             seconds.plot([s for _, s, _ in curve], [v for _, _, v in curve], **look)
         when = "where training starts" if found.at == 0 else f"at tick {found.at}"
         times, sizes = [x for x, _, _ in points], [y for _, y, _ in points]
         floor = "\n(at 1e-8: that or less)" if _LEAST_ERROR in sizes else ""
         trade.set(xlabel="ms a step", ylabel=f"relative error of the hypergradient{floor}")
         trade.set_title(f"error {when}", fontsize=9)
-        ticks.set(xlabel="ticks", ylabel=metric)
         ticks.locator_params(axis="x", integer=True)
-        seconds.set(xlabel="seconds", ylabel=metric)
-        figure.legend(loc="outside lower center", ncols=min(len(found.rows), 4))
-        figure.suptitle(f"{PurePath(found.script).name}, seed {found.seed}", fontsize=10)
+        for axes, what in ((ticks, "ticks"), (seconds, "seconds")):
+            axes.set_xlabel(what)
+            axes.set_ylabel(printable(metric), parse_math=False)
+        names = [printable(row.method) + " (failed)" * bool(row.error) for row in found.rows]
+        add_legend(figure, lines, names, min(len(names), 4))
+        script = printable(PurePath(found.script).name)
+        figure.suptitle(f"{script}, seed {found.seed}", fontsize=10, parse_math=False)
         if points:
             trade.set(yscale="log")
             if max(times) > _WIDE * min(times):
@@ -362,6 +364,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None
                 ha=ha,
                 va="center",
                 fontsize=8,
+                parse_math=False,
             )
             text.set_in_layout(False)
             extent = text.get_window_extent()

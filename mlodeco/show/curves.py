@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool1d
 from mlodeco.declare.checks import as_integer
 from mlodeco.errors import RunError, did_you_mean, quoted
 from mlodeco.runtime import History
-from mlodeco.show.figures import line_look, make_figure, styled
+from mlodeco.show.figures import add_legend, line_look, make_figure, styled
 from mlodeco.show.words import printable
 
 if TYPE_CHECKING:
@@ -170,12 +170,7 @@ def _draw(panels: Sequence[Panel], runs: Sequence[str], window: int | None) -> F
         axes.set_xlabel("tick")
     if names:
         handles = [frames[0].plot([], [], **looks[name])[0] for name in runs]
-        # names that begin with an underscore would be left out
-        legend = figure.legend(
-            handles, ["-"] * len(names), loc="outside lower center", ncols=side_by_side
-        )
-        for text, name in zip(legend.get_texts(), names, strict=True):
-            text.set(text=name, parse_math=False)
+        add_legend(figure, handles, names, side_by_side)
     return figure
 
 

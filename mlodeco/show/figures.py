@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -136,6 +136,14 @@ def _shown_figure() -> type[Figure]:
 def make_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches; to be called in :func:`styled`, as what follows."""
     return _shown_figure()(figsize=(width, height))
+
+
+def add_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], columns: int) -> None:
+    """A legend below the frames, with the names as they are."""
+    # names that begin with an underscore would be left out
+    legend = figure.legend(handles, ["-"] * len(names), loc="outside lower center", ncols=columns)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
 
 
 def make_page() -> tuple[Figure, Axes]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from typing import Literal, TextIO, get_args
+from contextlib import suppress
+from typing import Any, Literal, TextIO, cast, get_args
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -37,6 +38,8 @@ _SHARE = 0.005
 def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
     """The display for ``progress=``; ``auto`` is live on a terminal and in notebooks.
 
+    None for ``off``, and where there is no stream. A stream whose reader goes away ends no run.
+
     Raises:
         RunError: ``form`` is not one of :data:`FORMS`.
     """
@@ -46,12 +49,32 @@ def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
             expected=f"one of {quoted(FORMS)}.",
             remedy=f"choose one of them.{did_you_mean(str(form), FORMS)}",
         )
-    if form == "off":
+    found = stream or sys.stderr
+    if form == "off" or found is None:
         return None
-    console = Console(file=stream or sys.stderr)
+    lasting = cast(TextIO, _Lasting(found))
+    console = Console(file=lasting)
     if form == "plain" or (form == "auto" and not (console.is_terminal or console.is_jupyter)):
-        return PlainDisplay(stream or sys.stderr)
+        return PlainDisplay(lasting)
     return NotebookDisplay() if console.is_jupyter else LiveDisplay(console)
+
+
+class _Lasting:
+    """A stream on which nothing fails: what cannot be written is left out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class PlainDisplay:
@@ -81,7 +104,7 @@ class PlainDisplay:
         self._readings.finish(result)
         if self._last != (self._readings.done, self._state()):
             self._print_state()
-        self._print(f"{result.stop_reason}, {self._readings.elapsed:.1f} s")
+        self._print(f"{printable(result.stop_reason)}, {self._readings.elapsed:.1f} s")
 
     def on_error(self) -> None:
         """Nothing is open."""
@@ -221,7 +244,7 @@ class _Drawn(ABC):
     def on_end(self, result: Result) -> None:
         """Draws the last state and says why the run ended."""
         self._readings.finish(result)
-        self._close(result.stop_reason)
+        self._close(printable(result.stop_reason))
 
     def on_error(self) -> None:
         """Draws what was reached; the traceback stands below it."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mlodeco.runtime import Result, Runner, StepRecord, Tick
+from mlodeco.show.words import printable
 
 DECAY = 0.9
 """How much of a smoothed loss is kept at each step of its level."""
@@ -144,10 +145,10 @@ class Readings:
     def metrics(self) -> Iterator[str]:
         """Each newest validation metric, and the best of that which is monitored."""
         for name, (value, tick) in self.values.items():
-            yield f"{name} {value:.4g} (at {tick})"
+            yield f"{printable(name)} {value:.4g} (at {tick})"
         best = None if self._runner is None else self._runner.best
         if best is not None:
-            yield f"best {best.metric} {best.value:.4g} (at {best.tick})"
+            yield f"best {printable(best.metric)} {best.value:.4g} (at {best.tick})"
 
     def memory(self) -> str:
         """The peak memory; nothing where it is not known."""

@@ -18,6 +18,9 @@ _to_json = json.JSONEncoder(allow_nan=False).encode
 
 _NUMBERS = ("NaN", "Infinity", "-Infinity")
 
+_OF_NUMBERS = ("loss", "grad_norm", "learning_rate", "cosine", "metrics", "residual")
+"""The fields in which these are numbers, not names or words."""
+
 
 class Journal:
     """The lines of a history, made as records come.
@@ -27,6 +30,7 @@ class Journal:
     the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``; tensors are nested lists; anything
     else that JSON does not have is as ``str`` gives it. No time of day is in it, so that a run
     that is repeated gives the same lines.
+    Texts among the metrics that are these strings come back as numbers.
 
     Args:
         history: the records.
@@ -103,12 +107,14 @@ def plain(value: Any) -> Any:
 
 
 def _record(line: dict[str, Any]) -> Record:
-    kind = line.pop("kind")
-    fields = _numbers(line)
-    if kind == "validation":
-        return ValidationRecord(**fields)
-    solves = tuple(SolveRecord(**solve) for solve in fields.pop("solves"))
-    return StepRecord(**fields, solves=solves)
+    if line.pop("kind") == "validation":
+        return ValidationRecord(**_fields(line))
+    solves = tuple(SolveRecord(**_fields(solve)) for solve in line.pop("solves"))
+    return StepRecord(**_fields(line), solves=solves)
+
+
+def _fields(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: _numbers(part) if key in _OF_NUMBERS else part for key, part in line.items()}
 
 
 def _numbers(value: Any) -> Any:

@@ -26,13 +26,20 @@ class Signals:
 
     def __enter__(self) -> Self:
         self.received = None
+        try:
+            self._install()
+        except BaseException:  # an interrupt, which may come between two handlers
+            self.__exit__()
+            raise
+        return self
+
+    def _install(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):
                     self._before[number] = before
                     signal.signal(number, self._note)
-        return self
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
@@ -49,7 +56,8 @@ class Interrupts:
     """Lets SIGINT (Ctrl-C, a notebook's stop button) wait for the end of short blocks.
 
     Within ``with interrupts:`` in the main thread, those of ``with interrupts.held:`` are ended
-    before ``KeyboardInterrupt`` is raised. Other handlers than Python's are called as late.
+    before ``KeyboardInterrupt`` is raised; a second one does not wait. Other handlers than Python's
+    are called as late.
     """
 
     def __init__(self) -> None:
@@ -61,12 +69,19 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         self._depth += 1
+        try:
+            self._install()
+        except BaseException:  # an interrupt, as soon as the handler is set
+            self.__exit__()
+            raise
+        return self
+
+    def _install(self) -> None:
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             before = signal.getsignal(signal.SIGINT)
             if callable(before):
                 self._before = before
                 signal.signal(signal.SIGINT, self._note)
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
@@ -75,10 +90,13 @@ class Interrupts:
             self._before = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._is_held:
+        if self._is_held and self._came is None:
             self._came = frame
-        else:
-            self._before(number, frame)
+            return
+        came, self._came = self._came, None
+        if came is not None:
+            self._before(number, came)
+        self._before(number, frame)
 
 
 class _Held:

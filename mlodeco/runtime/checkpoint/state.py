@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mlodeco.calculus.randomness import SavedRandomness, make_seed, seed_streams
 from mlodeco.calculus.response import Status
+from mlodeco.declare.calls import noted
 from mlodeco.errors import CheckpointError, CheckpointWarning, counted, quoted
 from mlodeco.graph import Schedule
 from mlodeco.runtime.build import Build, BuiltLevel
@@ -26,7 +27,6 @@ from mlodeco.runtime.generators import (
     warn_of_others,
 )
 from mlodeco.runtime.hooks import Hooks
-from mlodeco.runtime.notes import noted
 from mlodeco.runtime.processes import Processes
 from mlodeco.runtime.recorder import Recorder
 from mlodeco.runtime.sources import Sources
