@@ -34,6 +34,12 @@ class Program(Registry):
     the module-level decorators then belong.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        for made in _made:
+            if len(made) < _ENOUGH:
+                made.append(self)
+
     def module(self, name: str) -> nn.Module:
         """The real module of a level, built if it has not been.
 
@@ -64,6 +70,10 @@ class Program(Registry):
         """
         self.built = None
 
+
+_made: Final[list[list[Program]]] = []
+_ENOUGH: Final = 2
+"""Programs to keep: they tell that there is not one alone, and hold no more memory."""
 
 DEFAULT: Final = Program()
 """The program of the module-level decorators outside any ``with Program()``."""
@@ -129,13 +139,19 @@ _takeovers: Final[list[Takeover]] = []
 
 
 @contextmanager
-def first_run_to(takeover: Takeover) -> Iterator[None]:
-    """Within the block, hands the first call of :func:`run` over; later ones are as written."""
+def first_run_to(takeover: Takeover) -> Iterator[list[Program]]:
+    """Within the block, hands the first call of :func:`run` over; later ones are as written.
+
+    Gives the first two programs that are made until then.
+    """
+    made: list[Program] = []
     _takeovers.append(takeover)
+    _made.append(made)
     try:
-        yield
+        yield made
     finally:
         _takeovers.clear()
+        _made.clear()
 
 
 def _yielding(function: Callable[P, Result]) -> Callable[P, Result]:
@@ -147,6 +163,7 @@ def _yielding(function: Callable[P, Result]) -> Callable[P, Result]:
             return function(*args, **kwargs)
         given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
         given["program"] = _known(given.get("program"))
+        _made.clear()
         return _takeovers.pop()(function, given)
 
     return call

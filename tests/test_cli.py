@@ -167,6 +167,14 @@ def test_a_run_is_kept_and_goes_on(session):
     assert found.stdout == "over\n", found.output
 
 
+@pytest.mark.parametrize("option", ["--keep=2", "--checkpoint-every=2", "--resume=auto"])
+def test_what_needs_a_folder_says_so_as_the_command_line_has_it(option, session):
+    found = session("run", RUN, option)
+    assert found.exit_code == 1
+    assert f"{option.partition('=')[0]} is given and --out is not" in found.stderr
+    assert "--out runs/one" in found.stderr
+
+
 def test_trackers_that_are_not_known(session):
     found = session("run", RUN, "--log-with", "tensorbord")
     assert found.exit_code == 1
@@ -218,6 +226,41 @@ def test_a_script_with_a_runner_of_its_own_is_not_trained_twice(session):
     found = session("run", text, "--steps", "3")
     assert found.exit_code == 1
     assert "trains by a Runner of its own" in found.stderr
+
+
+OWN = HEAD.replace("@level(", "@p.level(").replace("\n@p", "\np = mlodeco.Program()\n@p", 1)
+
+
+def test_a_script_with_a_program_and_a_runner_of_its_own_runs_as_it_is(session):
+    text = OWN + "runner = mlodeco.Runner(p)\nrunner.run(2)\nprint(runner.tick)"
+    found = session("run", text)
+    assert (found.exit_code, found.stdout, found.stderr) == (0, "2\n", "")
+    found = session("run", text, "--steps", "3")
+    assert found.exit_code == 1
+    assert "trains by a Runner of its own" in found.stderr
+    for use in "mlodeco.Runner(p)", "mlodeco.hypergradient('decay', program=p)":
+        assert session("run", OWN + use).exit_code == 0
+    found = session("run", OWN)
+    assert found.exit_code == 1
+    assert "Remedy: add --steps 1000" in found.stderr
+    assert "all 2 steps" in session("run", OWN, "--steps", "2").stderr
+    found = session("check", text)
+    assert "Neumann()" in found.stdout
+    assert found.stdout.endswith("measured after the script's own 2 ticks\n")
+    assert "measured after" not in session("check", OWN).stdout
+
+
+def test_the_only_program_of_a_script_is_shown(session):
+    done = CliRunner().invoke(app, ["graph", str(ROOT / "examples" / "figure1.py")])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines.count(lines[0]) == 2  # printed by the script, then by the command
+    assert "decay" in session("graph", OWN + "mlodeco.Program()").stdout
+    both = OWN + "q = mlodeco.Program()\nq.level('x', module={'w': torch.ones(1)})(train)"
+    found = session("graph", both)
+    assert found.exit_code == 1
+    assert "declares its levels in several Programs that no run() was given" in found.stderr
+    assert session("run", both + "\nmlodeco.Runner(p).run(1)").exit_code == 0
 
 
 @pytest.mark.parametrize("form", ["text", "mermaid", "dot"])
@@ -409,6 +452,30 @@ def test_wrong_usage_is_found_before_the_script_runs(options, session):
     assert "Usage:" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "stray"),
+    [
+        ("run", ["--steps", "4", "extra"], "'extra'"),
+        ("run", ["extra", "--steps", "4", "--", "own"], "'extra'"),
+        ("graph", ["b.py"], "'b.py'"),
+        ("check", ["a", "b", "--", "a", "b"], "'a', 'b'"),
+        ("compare", ["--hypergrad", "cg", "neumann"], "'neumann'"),
+    ],
+)
+def test_arguments_of_the_script_stand_behind_two_dashes(command, options, stray, session):
+    found = session(command, "print('ran')", *options)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert f"{stray}: the script's own arguments stand after --." in found.stderr
+
+
+def test_a_script_may_stand_behind_two_dashes(session):
+    script = session.folder / "script.py"
+    script.write_text(RUN + "assert sys.argv == [__file__, 'x'], sys.argv")
+    with Program():
+        found = CliRunner().invoke(app, ["run", "--", str(script), "x"])
+    assert found.exit_code == 0, found.output
+
+
 def test_a_script_must_be_there():
     assert CliRunner().invoke(app, ["run", "no_such_file.py"]).exit_code == 2
 
@@ -438,6 +505,29 @@ def test_help_and_version(options):
     assert ("Exit codes" in found.stdout) == (options[0] in ("--help", "-h"))
     if options == ["--version"]:
         assert found.stdout == f"mlodeco {mlodeco.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["run", "graph", "check", "compare", "plot"])
+def test_help_has_every_option_whole(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = CliRunner().invoke(app, [command, "--help"]).stdout
+    names = inspect.signature(getattr(commands, command)).parameters
+    for name in names.keys() - {"context", "script", "arguments", "folders"}:
+        option = {"settings": "set", "form": "format", "methods": "hypergrad"}.get(name, name)
+        assert f"--{option.replace('_', '-')} " in text.replace("/", " ").replace("\n", " ")
+    assert max(map(len, text.splitlines())) <= 80
+    text.encode("ascii")
+
+
+def test_a_terminal_without_other_letters_than_ascii_will_do(tmp_path):
+    """Help, a graph, an error with a letter of a script's own."""
+    script = tmp_path / "script.py"
+    script.write_text(HEAD.replace('"decay"', '"zerfäll"').replace("decay", "zerfäll"))
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    for options in ["run", "--help"], ["graph", script], ["run", script, "--set", "zerfall.a=1"]:
+        done = python("-m", "mlodeco", *options, **ascii_only)
+        assert "UnicodeEncodeError" not in done.stderr
+        assert done.returncode == (2 if "--set" in options else 0), done.stderr
 
 
 LIGHT = """
@@ -697,6 +787,16 @@ def test_what_a_module_has_learned_stays():
     torch.nn.init.constant_(module.weight, 4.0)
     changed(program, "low.clip_norm=1.0")
     assert program.module("low") is module
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["decay.hypergrad=neuman", "weights.optimizer=None", "weights.replicas=2"],
+)
+def test_an_error_that_the_run_finds_says_which_setting_it_comes_from(text, session):
+    found = session("run", RUN, "--set", "decay.clip_norm=1.0", "--set", text)
+    assert found.exit_code == 1
+    assert f"--set {text}" in found.stderr.rpartition("Set by: ")[2]
 
 
 @pytest.mark.parametrize(

@@ -334,10 +334,9 @@ def third(m, top):
         assert identity["error"] is None
 
     def test_it_fails_if_all_do(self, script):
-        found = compare(script, "broken,nope")
+        found = compare(script, "broken")
         assert found.exit_code == 1
         assert "no luck" in found.stdout
-        assert "there is no method 'nope'" in found.stdout
         assert found.stdout.count("no luck") == 1
 
     def test_without_matplotlib_the_table_comes(self, script, monkeypatch, tmp_path):
@@ -395,6 +394,17 @@ def test_a_launcher_of_several_processes_is_refused(script, monkeypatch):
     found = compare(script, "cg")
     assert found.exit_code == 1
     assert "Remedy: run it without a launcher" in found.stderr
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("methods", ["cg,cgg", "broken,{'low': cgg}"])
+def test_a_method_that_there_is_not_is_found_before_any_is_measured(methods, script, monkeypatch):
+    monkeypatch.setattr(comparing, "_measured", None)
+    monkeypatch.setattr(comparing, "_train", None)
+    found = compare(script, methods)
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert "there is no method 'cgg'" in found.stderr
+    assert "Did you mean 'cg'?" in found.stderr
 
 
 def test_a_folder_that_cannot_be_is_found_before_anything_runs(script, tmp_path):
@@ -470,7 +480,7 @@ def row(name, seconds=0.01, error=0.5, **changes):
 def printed(found, width=100):
     console = Console(width=width, force_terminal=False)
     with console.capture() as captured:
-        console.print(comparison_table(found))
+        console.print(comparison_table(found, width))
     return captured.get()
 
 
@@ -498,17 +508,27 @@ def test_the_table():
     assert "do not start alike" not in printed(made([row("a"), row("b")]))
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
 @pytest.mark.parametrize("levels", [["top"], ["reweight", "top"]], ids=len)
-def test_the_table_fits_into_100_columns(levels):
+def test_the_table_fits_into_the_terminal(levels, width):
     name = "neumann(num_terms=10, step_size='auto', product='reverse_over_forward')"
     curves = {f"a long metric {i}": [(2, 1.0, -1234.5678)] for i in range(5)}
     agreement = dict.fromkeys(levels, Agreement(1.2e-17, -0.123, 1.5e-11))
     given = {"start": agreement, "end": agreement, "curves": curves, "memory": 123 << 30}
-    text = printed(made([row(name, seconds=12.3, **given), row("cg")], levels=levels))
-    assert max(map(len, text.splitlines())) <= 100
+    text = printed(made([row(name, seconds=12.3, **given), row("cg")], levels=levels), width)
+    assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
+    assert min(line.find("cg") for line in text.splitlines() if "cg" in line) == 1
+    assert name[:14] in text
     for figure in ("1.2e-17", "-0.123", "1.5e-11", "12300", " 1230", "125952", "-1235"):
         assert figure in text
+
+
+def test_a_narrow_terminal_has_several_tables():
+    names = ["neumann", "finite_difference"]
+    for width, tables in (60, 3), (80, 2), (93, 2), (94, 1):
+        text = printed(made(list(map(row, names))), width)
+        assert text.count(" method ") == text.count(" finite_difference ") == tables
 
 
 LONG = "neumann(num_terms=10, step_size=0.1, damping=0.003)"
@@ -530,8 +550,13 @@ def test_no_text_of_the_picture_is_cut_or_covered(names):
     assert whole.x1 <= figure.get_figwidth()
     assert whole.y1 <= figure.get_figheight()
     trade = figure.axes[0]
-    boxes = [text.get_window_extent() for text in trade.texts]
-    assert len(boxes) >= len(names)
+    boxes = [text.get_window_extent() for text in trade.texts if text.get_text()]
+    assert len(boxes) == len(names) + 1, "each point has its name"
+    assert trade.get_ylim()[0] > 1e-12
+    assert "at 1e-8: that or less" in trade.get_ylabel()
+    assert all(tick == int(tick) for tick in figure.axes[1].get_xticks())
+    low, high = trade.get_xlim()
+    assert sum(low <= tick <= high for tick in trade.get_xticks()) >= 3
     for number, box in enumerate(boxes):
         assert all(trade.bbox.contains(*corner) for corner in box.corners())
         assert not any(box.overlaps(other) for other in boxes[:number])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import mlodeco
-from mlodeco.errors import RunError
+from mlodeco.errors import RunError, counted
 from mlodeco.runtime import build, seed_all
 from mlodeco.runtime.launch import launched_rank
 
@@ -43,6 +43,7 @@ def check_levels(
         MlodecoError: there is nothing to compare, or the program does not fit.
     """
     program = given["program"]
+    own = program.built.tick if program.built is not None else 0
     if at is not None:
         options = {name: given[name] for name in _OF_TRAINING if name in given}
         mlodeco.run(at, seed=seed, nested=nested, progress="off", **options)
@@ -67,3 +68,5 @@ def check_levels(
         report = mlodeco.check(name, program=program, nested=nested)
         if is_main:
             print(report)
+    if is_main and own:
+        print(f"measured after the script's own {counted(own, 'tick')}")

@@ -6,14 +6,16 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 import mlodeco
 from mlodeco.declare.registry import LEVEL_OPTIONS
-from mlodeco.errors import MlodecoError
+from mlodeco.errors import MlodecoError, quoted
 
 # what needs torch is imported where it is used: help and completion do not wait for it
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables cut the names of options off, and are not ASCII
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 fine, 1 an error of the script or its program, 2 a wrong command line, "
     "130 Ctrl-C, 143 SIGTERM. A script's own sys.exit(n) is kept.",
@@ -32,6 +35,26 @@ def _complete_setting(incomplete: str) -> list[str]:
     """The options of a level; its name is known to the script alone."""
     level, point, option = incomplete.partition(".")
     return [f"{level}.{one}=" for one in LEVEL_OPTIONS if point and one.startswith(option)]
+
+
+class ScriptCommand(TyperCommand):
+    """A command whose script has its own arguments after ``--``, and nowhere else."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments of the command, read into the context.
+
+        Raises:
+            BadParameter: one of the script's stands before ``--``.
+        """
+        behind = args[args.index("--") + 1 :] if "--" in args else []
+        rest = super().parse_args(ctx, args)
+        own = ctx.params.get("arguments") or ()
+        stray = own[: max(len(own) - len(behind), 0)]
+        if stray and not ctx.resilient_parsing:
+            raise typer.BadParameter(
+                f"{quoted(stray)}: the script's own arguments stand after --.", ctx=ctx
+            )
+        return rest
 
 
 Script = Annotated[
@@ -61,6 +84,9 @@ Nested = Annotated[
 
 def main() -> None:
     """The entry point; of a wrong command line the main process alone tells."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what is shown may have letters it has not
     if _is_main():
         app(prog_name="mlodeco")
     try:
@@ -96,7 +122,7 @@ def _common(
     """Multilevel optimization: run and look at the programs of scripts."""
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def run(
     context: typer.Context,
     script: Script,
@@ -159,7 +185,12 @@ def run(
 
     A script that only declares levels is trained as it ends.
     """
-    from mlodeco.cli.script import no_steps, refuse_second_training
+    from mlodeco.cli.script import (
+        end_of_own,
+        first_program,
+        refuse_second_training,
+        require_folder,
+    )
 
     options = _options_of_run(context)
 
@@ -168,13 +199,14 @@ def run(
         if "steps" not in given:
             refuse_second_training(script, given["program"], asked=bool(options or settings))
         if "steps" not in wanted:
-            raise no_steps(script)
+            raise end_of_own(script, given["program"])
+        require_folder(options, wanted.get("out"))
         return run(**wanted)
 
-    _execute(script, arguments, settings, train, traceback=traceback)
+    _execute(script, arguments, settings, train, first_program, traceback=traceback)
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def graph(
     script: Script,
     arguments: Arguments = None,
@@ -198,7 +230,7 @@ def graph(
     _show(script, arguments, settings, draw, traceback=traceback)
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def check(
     script: Script,
     arguments: Arguments = None,
@@ -228,7 +260,7 @@ def check(
     _show(script, arguments, settings, compare, traceback=traceback)
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def compare(
     script: Script,
     methods: Annotated[
@@ -348,13 +380,13 @@ def _show(
     traceback: bool,
 ) -> None:
     """Shows what a script would train."""
-    from mlodeco.cli.script import Shown
+    from mlodeco.cli.script import Shown, only_program
 
     def act(run: object, given: dict[str, Any]) -> NoReturn:
         show(given)
         raise Shown
 
-    _execute(script, arguments, settings, act, traceback=traceback)
+    _execute(script, arguments, settings, act, only_program, traceback=traceback)
 
 
 def _execute(
@@ -362,6 +394,7 @@ def _execute(
     arguments: list[str] | None,
     settings: list[str] | None,
     act: Callable[..., Any],
+    choose: Callable[..., mlodeco.Program],
     *,
     traceback: bool,
 ) -> None:
@@ -370,7 +403,7 @@ def _execute(
 
     read = _read(settings)
     with outcome(with_traceback=traceback):
-        execute(script, arguments or (), read, act)
+        execute(script, arguments or (), read, act, choose)
 
 
 def _read(settings: list[str] | None) -> list[Setting]:

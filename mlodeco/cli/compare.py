@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from mlodeco.cli.script import Shown, execute, no_steps, refuse_second_training
+from mlodeco.cli.script import Shown, execute, no_steps, only_program, refuse_second_training
 from mlodeco.cli.settings import apply_settings, read_setting
 from mlodeco.errors import MethodError, MlodecoError, MlodecoWarning, RunError, quoted
-from mlodeco.hypergrad import UNREADABLE, read_method
+from mlodeco.hypergrad import UNREADABLE, read_method, resolve
 from mlodeco.runtime import Build, History, Result, Runner, seed_all
 from mlodeco.runtime.checking import Agreement, Yardstick, check_damping, dampings_of
 from mlodeco.runtime.checkpoint.journal import plain
@@ -242,7 +242,8 @@ def work(job: Job, result: Path) -> None:
         result.write_text(json.dumps(found), encoding="utf-8")
         raise Shown
 
-    execute(script, job.arguments, [read_setting(text) for text in job.settings], act)
+    settings = [read_setting(text) for text in job.settings]
+    execute(script, job.arguments, settings, act, only_program)
 
 
 def _measure_all(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,6 +251,7 @@ def _measure_all(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
     runner = _runner(job, given)
     levels = _levels(runner.built, job.levels)
     check_damping(job.damping)
+    _check_names(job.methods, runner.built)
     own = dampings_of(runner.built)
     dampings = own if job.damping is None else dict.fromkeys(own, job.damping)
     if job.at:
@@ -266,6 +268,17 @@ def _measure_all(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
         "dampings": [[*edge, size] for edge, size in dampings.items()],
         "measured": measured,
     }
+
+
+def _check_names(methods: Sequence[str], built: Build) -> None:
+    """Refuses what is neither a method of the library nor one of the program.
+
+    Raises:
+        MethodError: one is.
+    """
+    for spec in map(read_method, methods):
+        for one in spec.values() if isinstance(spec, Mapping) else (spec,):
+            resolve(one, built.custom)
 
 
 def _train(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -412,7 +425,7 @@ def show_comparison(job: Job, out: Path | None) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
-    console.print(comparison_table(found))
+    console.print(comparison_table(found, console.width))
     if out is not None:
         try:
             _write(found, out)

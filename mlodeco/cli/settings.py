@@ -18,6 +18,8 @@ from mlodeco.runtime.amend import amend, with_options
 _OBJECTS: Final = ("module", "optimizer", "scheduler", "data", "tune")
 """Options whose values are objects of the script: a command line can but leave them out."""
 
+_SET_BY: Final = "  Set by: "
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -103,7 +105,20 @@ def _attributed(settings: Sequence[Setting]) -> Iterator[None]:
     try:
         yield
     except MlodecoError as error:
-        error.add_note(f"  Set by: {_written(settings)}")
+        error.add_note(f"{_SET_BY}{_written(settings)}")
+        raise
+
+
+@contextmanager
+def settings_told(settings: Sequence[Setting]) -> Iterator[None]:
+    """Adds to an error of a level which settings that level has."""
+    try:
+        yield
+    except MlodecoError as error:
+        made = [setting for setting in settings if setting.level == error.level]
+        told = getattr(error, "__notes__", ())
+        if made and not any(note.startswith(_SET_BY) for note in told):
+            error.add_note(f"{_SET_BY}{_written(made)}")
         raise
 
 

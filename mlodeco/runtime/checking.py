@@ -416,6 +416,13 @@ class _Checker:
             )
         if method is None:
             return f"{worst.name}: the edge is closed; set a method, such as hypergrad='neumann'."
+        if hasattr(method, "recording"):
+            steps = self._built.levels[worst.lower].declaration.inner_steps
+            return (
+                f"{worst.name}: {worst.method} differentiates the inner_steps of {worst.lower!r} "
+                f"that are run, which end far from its best response: raise inner_steps of "
+                f"{worst.lower!r} ({steps} now)."
+            )
         names = ", ".join(turn.method for turn in tried)
         none = f"none of the methods tried comes near ({names})" if tried else "has no other knob"
         return (

@@ -10,6 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +29,12 @@ _METRICS = 2
 
 _METRIC = 10
 """The width to which the name of a metric is folded."""
+
+_NAME = 20
+"""The width that the name of a method or level has at least, if it is as long."""
+
+_BLANKS = 2
+"""Those of a column: its padding and its line, which is not drawn."""
 
 _ALIKE = 1e-6
 """The relative difference up to which two first losses are the same."""
@@ -111,34 +118,82 @@ def loss_of(level: str) -> str:
     return f"loss of {level}"
 
 
-def comparison_table(found: Comparison) -> Group:
-    """The table, what its columns are, and what is to be said of single methods."""
-    many = len(found.levels) > 1
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column("method", overflow="fold")
-    if many:
-        table.add_column("level", overflow="fold")
-    metrics = found.metrics[: _METRICS - many]
-    titles = [
-        *(f"{when}\n{what}" for when in _moments(found) for what in ("error", "cosine", "length")),
-        *("step\nms", "\nx", "memory\nMB"),
-        *("\n".join(wrap(name, _METRIC)) for name in metrics),
-    ]
-    for title in titles:
-        table.add_column(Text(title), justify="right", no_wrap=True)
+def comparison_table(found: Comparison, width: int) -> Group:
+    """The table, what its columns are, and what is to be said of single methods.
+
+    Args:
+        found: the comparison.
+        width: that of the terminal; where the columns do not fit, there are several tables.
+    """
+    names = _name_columns(found)
+    tables = map(
+        _table, *zip(*((names, part) for part in _parts(found, names, width)), strict=True)
+    )
+    return Group(Text(_title(found)), *tables, Text(_caption(found)), *map(Text, _remarks(found)))
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cells: Sequence[str]
+
+    @property
+    def width(self) -> int:
+        """With the blanks around it."""
+        lines = (line for cell in (self.title, *self.cells) for line in cell.split("\n"))
+        return _BLANKS + max(map(cell_len, lines))
+
+
+def _name_columns(found: Comparison) -> list[_Column]:
+    """The method, and the level where there are several: a row for each."""
+    count = len(found.levels)
+    methods = [name for row in found.rows for name in (row.method, *[""] * (count - 1))]
+    levels = _Column("level", [*found.levels] * len(found.rows))
+    return [_Column("method", methods), *([levels] if count > 1 else [])]
+
+
+def _parts(found: Comparison, names: Sequence[_Column], width: int) -> list[list[_Column]]:
+    """The columns of figures, those of each table together: as many as have room."""
+    room = width - sum(min(one.width, _NAME + _BLANKS) for one in names)
+    parts: list[list[_Column]] = []
+    for block in _blocks(found):
+        if parts and sum(one.width for one in (*parts[-1], *block)) <= room:
+            parts[-1] += block
+        else:
+            parts.append(block)
+    return parts
+
+
+def _blocks(found: Comparison) -> Iterator[list[_Column]]:
+    """Accuracy at the start, at the end, then cost and metrics."""
+    for when, moment in zip(_moments(found), ("start", "end"), strict=True):
+        figures = [
+            _agreement(getattr(row, moment).get(level))
+            for row in found.rows
+            for level in found.levels
+        ]
+        titles = [f"{when}\n{what}" for what in ("error", "cosine", "length")]
+        yield list(map(_Column, titles, zip(*figures, strict=True)))
+    metrics = found.metrics[: _METRICS + 1 - len(found.levels[:2])]
     fastest = min((row.seconds for row in found.rows if row.seconds), default=None)
+    figures = []
     for row in found.rows:
-        own = [*_cost(row, fastest), *(_last(row, name) for name in metrics)]
-        for number, level in enumerate(found.levels):
-            is_first = number == 0
-            table.add_row(
-                Text(row.method if is_first else ""),
-                *([Text(level)] if many else []),
-                *_agreement(row.start.get(level)),
-                *_agreement(row.end.get(level)),
-                *(own if is_first else [""] * len(own)),
-            )
-    return Group(Text(_title(found)), table, Text(_caption(found)), *map(Text, _remarks(found)))
+        own = (*_cost(row, fastest), *(_last(row, name) for name in metrics))
+        figures += [own, *[("",) * len(own)] * (len(found.levels) - 1)]
+    titles = ["step\nms", "\nx", "memory\nMiB", *("\n".join(wrap(m, _METRIC)) for m in metrics)]
+    yield list(map(_Column, titles, zip(*figures, strict=True)))
+
+
+def _table(names: Sequence[_Column], figures: Sequence[_Column]) -> Table:
+    """Names are folded where there is no room, figures never."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for one in names:
+        table.add_column(one.title, overflow="fold")
+    for one in figures:
+        table.add_column(Text(one.title), justify="right", no_wrap=True)
+    for cells in zip(*(one.cells for one in (*names, *figures)), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def _title(found: Comparison) -> str:
@@ -155,7 +210,7 @@ def _agreement(found: Agreement | None) -> tuple[str, ...]:
 
 
 def _cost(row: Row, fastest: float | None) -> tuple[str, ...]:
-    """Milliseconds, times the fastest, and megabytes."""
+    """Milliseconds, times the fastest, and mebibytes."""
     known = row.seconds is not None and fastest is not None
     return (
         _three_digits(1e3 * row.seconds) if row.seconds is not None else "-",
@@ -216,13 +271,22 @@ _MARKERS: Final = "os^DvPX*"
 
 _PLACES: Final = [
     (dx, dy, ha)
-    for dy in (0, 9, -9, 18, -18, 27, -27, 36, -36)
-    for dx, ha in ((6, "left"), (-6, "right"))
+    for dy in (0, *(sign * size for size in range(10, 100, 9) for sign in (1, -1)))
+    for dx, ha in ((6, "left"), (-6, "right"), *([(0, "center")] if dy else []))
 ]
 """Where a name may stand, in points from its own: beside, then above and below."""
 
-_LEAST_ERROR = 1e-16
-"""Smaller errors, zero too, are drawn there."""
+_FOLDED = 24
+"""The letters of a line of a name."""
+
+_FAR = 12
+"""Points from which on a line leads to a name."""
+
+_LEAST_ERROR = 1e-8
+"""Smaller errors, zero too, are drawn there: they are rounding, and would stretch the axis."""
+
+_WIDE = 10
+"""How far apart times are on a logarithmic axis."""
 
 
 def comparison_figure(found: Comparison) -> Figure:
@@ -237,7 +301,7 @@ def comparison_figure(found: Comparison) -> Figure:
         figure = make_figure(11, 4)
         trade, ticks, seconds = figure.subplots(1, 3)
         metric = found.metrics[0]
-        points = []
+        points: list[tuple[Any, ...]] = []
         lines = []
         for number, row in enumerate(found.rows):
             look: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
@@ -249,8 +313,11 @@ def comparison_figure(found: Comparison) -> Figure:
             lines += ticks.plot([t for t, _, _ in curve], [v for _, _, v in curve], **look)
             seconds.plot([s for _, s, _ in curve], [v for _, _, v in curve], **look)
         when = "where training starts" if found.at == 0 else f"at tick {found.at}"
-        trade.set(xlabel="ms a step", ylabel="relative error of the hypergradient")
+        times, sizes = [x for x, _, _ in points], [y for _, y, _ in points]
+        floor = "\n(at 1e-8: that or less)" if _LEAST_ERROR in sizes else ""
+        trade.set(xlabel="ms a step", ylabel=f"relative error of the hypergradient{floor}")
         trade.set_title(f"error {when}", fontsize=9)
+        ticks.locator_params(axis="x", integer=True)
         for axes, what in ((ticks, "ticks"), (seconds, "seconds")):
             axes.set_xlabel(what)
             axes.set_ylabel(printable(metric), parse_math=False)
@@ -259,10 +326,12 @@ def comparison_figure(found: Comparison) -> Figure:
         script = printable(PurePath(found.script).name)
         figure.suptitle(f"{script}, seed {found.seed}", fontsize=10, parse_math=False)
         if points:
-            trade.set(xscale="log", yscale="log")
-            trade.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            trade.xaxis.set_major_formatter("{x:g}")
-            trade.xaxis.set_minor_formatter(NullFormatter())
+            trade.set(yscale="log")
+            if max(times) > _WIDE * min(times):
+                trade.set(xscale="log")
+                trade.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                trade.xaxis.set_major_formatter("{x:g}")
+                trade.xaxis.set_minor_formatter(NullFormatter())
             trade.margins(0.25)
             _name(figure, trade, points)
         return figure
@@ -288,7 +357,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None
     for x, y, name in points:
         for dx, dy, ha in _PLACES:
             text = axes.annotate(
-                name,
+                "\n".join(wrap(name, _FOLDED)),
                 (x, y),
                 xytext=(dx, dy),
                 textcoords="offset points",
@@ -299,8 +368,11 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None
             )
             text.set_in_layout(False)
             extent = text.get_window_extent()
-            is_inside = all(axes.bbox.contains(x, y) for x, y in extent.corners())
+            is_inside = all(axes.bbox.contains(*corner) for corner in extent.corners())
             if is_inside and not any(extent.overlaps(other) for other in taken):
                 taken.append(extent)
+                if abs(dy) > _FAR:
+                    line = {"arrowstyle": "-", "linewidth": 0.5}
+                    axes.annotate("", (x, y), (dx, dy), textcoords="offset points", arrowprops=line)
                 break
             text.remove()

@@ -145,8 +145,10 @@ def _require(names: Sequence[str], known: Mapping[str, Panel], what: str) -> Non
         if name not in known:
             raise RunError(
                 f"no run has the {what} {name!r}.",
-                expected=f"one of {quoted(known)}.",
-                remedy=f"correct the name.{did_you_mean(name, known)}",
+                expected=f"one of {quoted(known)}." if known else "",
+                remedy=f"correct the name.{did_you_mean(name, known)}"
+                if known
+                else f"leave {name!r} out: there is no {what} in any run.",
             )
 
 
@@ -184,6 +186,7 @@ def _draw_panel(
     found = [v for _, values in panel.curves.values() for v in values if not math.isnan(v)]
     if found and min(found) > 0 and max(found) > _RANGE * min(found):
         axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
     for name, (ticks, values) in panel.curves.items():
         look = looks[name]
         size = window or max(1, len(values) // _SHARE)
