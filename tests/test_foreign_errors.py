@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import SGD
@@ -9,7 +10,7 @@ from torch.optim import SGD
 import mlodeco
 from mlodeco import Program
 from mlodeco.calculus.clipping import clip_differentiably
-from mlodeco.errors import DeclarationError, MlodecoError, ModuleError
+from mlodeco.errors import DeclarationError, MlodecoError, ModuleError, RunError
 
 
 class MineError(ValueError):
@@ -134,3 +135,9 @@ def test_clipping_keeps_the_dtype_of_each_gradient():
         "b": torch.float64,
     }
     assert clipped["b"].item() == pytest.approx(0.8, rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["reduce", "tails", "nonfinite", "checkpoint_errors"])
+def test_an_array_is_no_choice(option):
+    with pytest.raises(RunError, match=f"{option}=array"):
+        mlodeco.Runner(make(), **{option: np.ones(2)})

@@ -342,7 +342,7 @@ def check_choice(option: str, value: object, known: Sequence[str]) -> None:
     Raises:
         RunError: it is none.
     """
-    if value not in known:
+    if not isinstance(value, str) or value not in known:  # an array compares by its entries
         raise RunError(
             f"{option}={value!r}.",
             expected=f"one of {quoted(known)}.",

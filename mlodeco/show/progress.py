@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlodeco.errors import RunError, did_you_mean, quoted
 from mlodeco.runtime import Listener, Result, Runner, Tick
+from mlodeco.runtime.processes import check_choice
 from mlodeco.show.readings import LevelReading, Readings, spell_time
 from mlodeco.show.words import printable
 
@@ -43,12 +43,7 @@ def make_display(form: str, stream: TextIO | None = None) -> Listener | None:
     Raises:
         RunError: ``form`` is not one of :data:`FORMS`.
     """
-    if form not in FORMS:
-        raise RunError(
-            f"progress={form!r}.",
-            expected=f"one of {quoted(FORMS)}.",
-            remedy=f"choose one of them.{did_you_mean(str(form), FORMS)}",
-        )
+    check_choice("progress", form, FORMS)
     found = stream or sys.stderr
     if form == "off" or found is None:
         return None

@@ -14,13 +14,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mlodeco.declare.checks import as_integer
-from mlodeco.errors import CheckpointWarning, RunError, quoted
+from mlodeco.errors import CheckpointWarning, RunError
 from mlodeco.runtime.checkpoint import folder
 from mlodeco.runtime.checkpoint.folder import Contents, WriteError
 from mlodeco.runtime.checkpoint.journal import Journal
 from mlodeco.runtime.checkpoint.shelf import Shelf
 from mlodeco.runtime.checkpoint.signals import Signals
-from mlodeco.runtime.processes import Processes
+from mlodeco.runtime.processes import Processes, check_choice
 
 INTERVAL = 1.0
 """Seconds between two writes of metrics while a run is on."""
@@ -71,12 +71,7 @@ class Saving:
                     expected="a path" + (" or 'auto'." if option == "resume" else "."),
                     remedy="run(out='runs/one', resume='auto'), for instance.",
                 )
-        if self.errors not in ERRORS:
-            raise RunError(
-                f"checkpoint_errors={self.errors!r}.",
-                expected=f"one of {quoted(ERRORS)}.",
-                remedy="choose one of them.",
-            )
+        check_choice("checkpoint_errors", self.errors, ERRORS)
         needing = {"checkpoint_every": self.every is not None, "resume": self.resume == "auto"}
         for option in (option for option, given in needing.items() if given and self.out is None):
             raise RunError(
