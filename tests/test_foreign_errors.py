@@ -141,3 +141,11 @@ def test_clipping_keeps_the_dtype_of_each_gradient():
 def test_an_array_is_no_choice(option):
     with pytest.raises(RunError, match=f"{option}=array"):
         mlodeco.Runner(make(), **{option: np.ones(2)})
+
+
+@pytest.mark.parametrize("reason", [np.ones(2), "", None, 3])
+def test_a_reason_to_stop_is_a_text(reason):
+    program = make()
+    program.on("after_step")(lambda ctx: ctx.stop(reason))
+    with pytest.raises(RunError, match=r"ctx\.stop\("):
+        mlodeco.run(1, program=program, progress="off")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlodeco.errors import RunError
 from mlodeco.runtime.history import as_number
 from mlodeco.runtime.processes import Processes
 
@@ -68,7 +69,16 @@ class Context:
         """Ends the run after this tick, in all processes if one of them asks for it.
 
         Does nothing in second-order passes.
+
+        Raises:
+            RunError: the reason is no text.
         """
+        if not isinstance(reason, str) or not reason:
+            raise RunError(
+                f"ctx.stop({reason!r}).",
+                expected="a text that says why, for a person.",
+                remedy="ctx.stop('good enough'), for instance.",
+            )
         if not self._muted:
             self.stop_reason = reason
 
