@@ -189,8 +189,9 @@ def several(tmp_path_factory):
     draw = random.Random(1)
     killed = {}
     for number in range(KILLS // 2):
-        # one of the two, at an operation on a file of a checkpoint
-        kill = [draw.randrange(2), draw.randrange(1, 25)]
+        # one of the two, at an operation on a file of a checkpoint, of which the first does more
+        rank = draw.randrange(2)
+        kill = [rank, draw.randrange(1, 12 if rank else 25)]
         killed[f"killed {number}"] = {"out": f"killed {number}", "steps": 50}
         launch(out, {"it": {**killed[f"killed {number}"], "kill": kill}}, 2, ends=False)
     plan = {
