@@ -10,7 +10,7 @@ from torch.optim import SGD
 import mlodeco
 from mlodeco import Program
 from mlodeco.calculus.clipping import clip_differentiably
-from mlodeco.errors import DeclarationError, MlodecoError, ModuleError, RunError
+from mlodeco.errors import DeclarationError, MlodecoError, ModuleError, OptimizerError, RunError
 
 
 class MineError(ValueError):
@@ -148,4 +148,13 @@ def test_a_reason_to_stop_is_a_text(reason):
     program = make()
     program.on("after_step")(lambda ctx: ctx.stop(reason))
     with pytest.raises(RunError, match=r"ctx\.stop\("):
+        mlodeco.run(1, program=program, progress="off")
+
+
+def test_a_module_is_no_optimizer():
+    program = Program()
+    program.level("low", module={"x": torch.ones(2)}, optimizer=torch.nn.ReLU())(
+        lambda m: (m.x**2).sum()
+    )
+    with pytest.raises(OptimizerError, match=r"optimizer=ReLU\(\) is not an optimizer"):
         mlodeco.run(1, program=program, progress="off")

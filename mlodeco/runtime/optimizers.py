@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.join import Joinable
 from torch.optim import LBFGS, SGD, Adam, Optimizer, Rprop, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -40,7 +40,7 @@ def make_optimizer(level: BuiltLevel, wanted_by: str = "a run") -> Optimizer:
         )
     if isinstance(given, Optimizer):
         optimizer = given
-    elif callable(given):
+    elif callable(given) and not isinstance(given, nn.Module):
         made = _call(level, given)
         if not isinstance(made, Optimizer):
             raise _error(
