@@ -69,12 +69,9 @@ class Judge:
         is_bad = find_in_batches(self._built, name, batches, error) is not None
         if self._processes.first_with(is_bad) is None:
             return None
-        agreed = agree(self._processes, error, self._explain(error, name, batches))
-        trainer = self._trainers[name]
-        if agreed is None or not trainer.watch.judge(*agreed):
-            return False
-        trainer.undo_step()
-        return True
+        return self._follow(
+            name, agree(self._processes, error, self._explain(error, name, batches))
+        )
 
     def judge(
         self,
@@ -89,13 +86,16 @@ class Judge:
         Raises:
             NonFiniteError: the run ends by it.
         """
-        trainer = self._trainers[name]
-        if trainer.watch.is_strict:
+        if self._trainers[name].watch.is_strict:
             if error is not None:
                 raise error
             return False
         cause = None if error is None else self._explain(error, name, batches)
-        agreed = agree(self._processes, error, cause, is_own=is_own)
+        return self._follow(name, agree(self._processes, error, cause, is_own=is_own))
+
+    def _follow(self, name: str, agreed: tuple[NonFiniteError, str] | None) -> bool:
+        """Whether a step is skipped for what all have agreed upon; if so all is as before it."""
+        trainer = self._trainers[name]
         if agreed is None or not trainer.watch.judge(*agreed):
             return False
         trainer.undo_step()
